@@ -1,0 +1,252 @@
+"""Pipelines on live models: the interface that every integration implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from torch import Tensor, nn
+
+from tokenreduce.errors import AttachmentError, PipelineError, UnsupportedModel
+from tokenreduce.pipeline import Pipeline
+from tokenreduce.plugins import installed
+from tokenreduce.receipt import Receipt
+from tokenreduce.reducer import Reducer
+from tokenreduce.reduction import Reduction
+from tokenreduce.registry import import_target
+from tokenreduce.stage import Stage
+from tokenreduce.tokens import Layout
+
+Reducible = Reducer | Stage | Pipeline | Sequence["Reducer | Stage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemReduction:
+    """What became of one visual item of a prompt, for grounding and overlays.
+
+    Attributes:
+        prompt: index of the prompt in the batch.
+        modality: ``"image"`` or ``"video"``.
+        columns: ``(N,)`` places of the item's tokens in the sequence that the model was given.
+        layout: where the item's tokens lie in what the user supplied.
+        reduction: a batch of one; None where every token was kept.
+    """
+
+    prompt: int
+    modality: str
+    columns: Tensor
+    layout: Layout
+    reduction: Reduction | None
+
+    @property
+    def kept(self) -> Tensor:
+        """``(M,)`` indices of the kept tokens in the item, ascending, on the CPU."""
+        if self.reduction is None:
+            return self.layout.coords.new_tensor(range(len(self.layout)))
+        return self.reduction.positions[0].cpu()
+
+    @property
+    def assignment(self) -> Tensor:
+        """``(N,)`` the output that each token chiefly flowed into, -1 dropped, on the CPU."""
+        return self.kept if self.reduction is None else self.reduction.assignment[0].cpu()
+
+    @property
+    def coords(self) -> Tensor:
+        """``(M, 4)`` (block, t, y, x) of the kept tokens, on the CPU."""
+        return self.layout.coords[self.kept]
+
+
+class Attachment(ABC):
+    """A pipeline on a live model. Leaves no trace once detached.
+
+    Use it as a context manager, or call :meth:`detach`.
+    """
+
+    def __init__(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+        self.model = model
+        self.stages = stages
+        self.enabled = True
+        self._receipt: Receipt | None = None
+        self._reductions: tuple[ItemReduction, ...] = ()
+
+    @property
+    def receipt(self) -> Receipt:
+        """The record of the latest prefill.
+
+        Raises:
+            AttachmentError: if the model has not run since it was attached.
+        """
+        if self._receipt is None:
+            raise AttachmentError("no receipt yet: the model has not run since it was attached.")
+        return self._receipt
+
+    @property
+    def reductions(self) -> tuple[ItemReduction, ...]:
+        """What became of each visual item of the latest prefill."""
+        return self._reductions
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take the pipeline off and leave the model exactly as it was before."""
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Keep all tokens while the context is open; the pipeline stays attached."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def budget(
+        self,
+        *,
+        keep: int | None = None,
+        keep_ratio: float | None = None,
+        reduction: float | None = None,
+        total: int | None = None,
+        stage: int | None = None,
+    ) -> Iterator[None]:
+        """Another budget while the context is open.
+
+        Args:
+            keep: as for :class:`~tokenreduce.budget.Budget`.
+            keep_ratio: likewise.
+            reduction: likewise.
+            total: likewise.
+            stage: index of the stage; needed where there are several.
+
+        Raises:
+            BudgetError: if the budget is invalid.
+            AttachmentError: if it is unclear which stage is meant.
+        """
+        if stage is None and len(self.stages) > 1:
+            raise AttachmentError(
+                f"this pipeline has {len(self.stages)} stages: say which one the budget is for, "
+                "as in budget(keep=64, stage=0)."
+            )
+        index = stage or 0
+        before = self.stages
+        changed = before[index].with_budget(
+            keep=keep, keep_ratio=keep_ratio, reduction=reduction, total=total
+        )
+        self.stages = (*before[:index], changed, *before[index + 1 :])
+        try:
+            yield
+        finally:
+            self.stages = before
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+class ModelAdapter(Protocol):
+    """What an integration offers for a family of models."""
+
+    def attach(
+        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+    ) -> Attachment:
+        """Put stages on a model.
+
+        Raises:
+            UnsupportedModel: if the model has no visual tokens in its sequence.
+            UnsupportedSite: if a stage's site cannot be served on it.
+            MissingSignal: if a stage needs a signal that the model cannot give.
+            AttachmentError: if something is attached already.
+        """
+        ...
+
+
+def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = None) -> Attachment:
+    """Make a live model see fewer visual tokens.
+
+    Args:
+        model: a multimodal model of a library that an installed adapter serves.
+        pipeline: a reducer (used at the projector site), a stage, several of them, or a pipeline.
+        processor: the model's processor, for strategies that read the prompt.
+
+    Returns:
+        the attachment; use it as a context manager or call its ``detach``.
+
+    Raises:
+        UnsupportedModel: if no installed adapter serves the model.
+        BudgetError: if a stage has no budget.
+        UnsupportedSite: if a stage cannot run at its site on this model.
+        MissingSignal: if a stage needs a signal that the model cannot give.
+        AttachmentError: if a pipeline is attached to the model already.
+    """
+    stages = as_stages(pipeline)
+    for stage in stages:
+        stage.require_budget()
+    return find_adapter(model).attach(model, stages, processor)
+
+
+def as_stages(pipeline: Reducible) -> tuple[Stage, ...]:
+    """The stages of whatever :func:`attach` accepts.
+
+    Raises:
+        PipelineError: if it is something else, or holds no stage.
+    """
+    if isinstance(pipeline, Pipeline):
+        return pipeline.stages
+    parts: Iterable[object] = (
+        (pipeline,) if isinstance(pipeline, Reducer | Stage) else _iterate(pipeline)
+    )
+    stages = []
+    for part in parts:
+        if isinstance(part, Reducer):
+            part = Stage(reducer=part)
+        if not isinstance(part, Stage):
+            raise PipelineError(
+                f"a pipeline is made of reducers and stages, got {type(part).__name__}. "
+                "Create one with tokenreduce.create_strategy(name, reduction=16)."
+            )
+        stages.append(part)
+    if not stages:
+        raise PipelineError("a pipeline needs at least one stage.")
+    return tuple(stages)
+
+
+def find_adapter(model: nn.Module) -> ModelAdapter:
+    """The adapter of the nearest class among the model's ancestors that has one.
+
+    Raises:
+        UnsupportedModel: if there is none.
+    """
+    registry = installed().model_adapters
+    by_class = {qualified: name for name in registry for qualified in registry[name].models}
+    for ancestor in type(model).__mro__:
+        name = by_class.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if name is not None:
+            adapter: ModelAdapter = registry.resolve(name)()
+            return adapter
+    raise UnsupportedModel(
+        f"no installed model adapter serves {type(model).__module__}.{type(model).__qualname__}. "
+        f"Served: {', '.join(sorted(by_class)) or 'none'}. A plugin can add one through the hook "
+        "register_model_adapters."
+    )
+
+
+def find_loader(name: str) -> Any:
+    """The function that loads models for a pipeline.
+
+    Raises:
+        PipelineError: if the adapter offers none.
+    """
+    record = installed().model_adapters[name]
+    if not record.loader:
+        raise PipelineError(f"model adapter {name!r} cannot load models for a pipeline.")
+    return import_target(record.loader, what=f"loader of model adapter {name!r}")
+
+
+def _iterate(pipeline: object) -> Iterable[object]:
+    if isinstance(pipeline, Iterable) and not isinstance(pipeline, str):
+        return pipeline
+    return (pipeline,)

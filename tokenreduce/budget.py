@@ -1,0 +1,138 @@
+"""How many tokens to keep: one parser and one rounding rule for every strategy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from numbers import Integral, Rational, Real
+
+from tokenreduce.errors import BudgetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A token budget for one visual item (an image with its tiles, or a clip).
+
+    Exactly one of ``keep``, ``keep_ratio`` and ``reduction`` states the budget of an item;
+    ``total`` caps the sum over the items of one prompt and may stand alone ("reduce only to fit").
+    Protected tokens stand outside the budget.
+
+    Rounding is done once, in integers: the ratio is read as the decimal that the user typed
+    (``0.1`` is one tenth), multiplied by the number of tokens, and rounded half up, to at least
+    one token.
+
+    Args:
+        keep: number of tokens to keep; 0 is legal only inside the LLM (decoder site).
+        keep_ratio: share of the tokens to keep, in (0, 1].
+        reduction: how many times fewer tokens, at least 1; ``reduction=16`` keeps one in 16.
+        total: most tokens that all items of one prompt may keep together.
+
+    Raises:
+        BudgetError: if several of the first three are given, none of the four is, or a value is
+            out of range.
+    """
+
+    keep: int | None = None
+    keep_ratio: float | Fraction | None = None
+    reduction: float | Fraction | None = None
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {
+            name: value
+            for name in ("keep", "keep_ratio", "reduction")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            stated = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise BudgetError(f"two budgets at once: {stated}. Give exactly one of them.")
+        if not given and self.total is None:
+            raise BudgetError(
+                "no budget: give exactly one of keep=64, keep_ratio=0.0625 or reduction=16."
+            )
+        for name in ("keep", "total"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise BudgetError(f"{name} must be a whole number of tokens, got {value!r}.")
+            if value < (0 if name == "keep" else 1):
+                raise BudgetError(f"{name}={value} is out of range: it counts tokens.")
+        ratio = self._ratio
+        if ratio is not None and not 0 < ratio <= 1:
+            stated = " ".join(f"{name}={value}" for name, value in given.items())
+            raise BudgetError(
+                f"{stated} is out of range: keep_ratio lies in (0, 1], reduction is at least 1."
+            )
+
+    @cached_property
+    def _ratio(self) -> Fraction | None:
+        if self.keep_ratio is not None:
+            return _as_fraction("keep_ratio", self.keep_ratio)
+        if self.reduction is not None:
+            reduction = _as_fraction("reduction", self.reduction)
+            if reduction <= 0:
+                raise BudgetError(f"reduction={self.reduction} is out of range: at least 1.")
+            return 1 / reduction
+        return None
+
+    def count(self, tokens: int) -> int:
+        """Tokens to keep of ``tokens`` unprotected ones, never more than there are."""
+        if self.keep is not None:
+            return min(self.keep, tokens)
+        if self._ratio is None:
+            return tokens
+        exact = self._ratio * tokens
+        rounded = (2 * exact.numerator + exact.denominator) // (2 * exact.denominator)
+        return min(tokens, max(1, rounded))
+
+    def shares(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens to keep of each item of one prompt, so that ``total`` holds over all of them.
+
+        Items keep :meth:`count` of their own tokens; if the sum exceeds ``total``, every item
+        gives way in proportion (largest remainder, ties to the first item, at least one each).
+
+        Args:
+            tokens: unprotected tokens of each item.
+
+        Raises:
+            BudgetError: if ``total`` is smaller than the number of items that have tokens.
+        """
+        counts = [self.count(n) for n in tokens]
+        if self.total is None or sum(counts) <= self.total:
+            return counts
+        holders = [index for index, count in enumerate(counts) if count > 0]
+        if self.total < len(holders):
+            raise BudgetError(
+                f"total={self.total} is less than one token for each of the {len(holders)} visual "
+                "items of this prompt. Raise total, or give fewer images."
+            )
+        # One token each is set aside first, so that no item vanishes from the prompt.
+        spare, weight = self.total - len(holders), sum(counts) - len(holders)
+        exact = {i: Fraction(spare * (counts[i] - 1), weight) for i in holders}
+        shares = [0] * len(counts)
+        for i in holders:
+            shares[i] = 1 + exact[i].numerator // exact[i].denominator
+        by_remainder = sorted(holders, key=lambda i: (-(exact[i] % 1), i))
+        for i in by_remainder[: self.total - sum(shares)]:
+            shares[i] += 1
+        return shares
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name}={value}"
+            for name in ("keep", "keep_ratio", "reduction", "total")
+            if (value := getattr(self, name)) is not None
+        )
+
+
+def _as_fraction(name: str, value: object) -> Fraction:
+    """Read a ratio as the decimal its user typed: 0.1 is one tenth, not the nearest double."""
+    if isinstance(value, Rational) and not isinstance(value, bool):
+        return Fraction(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            return Fraction(repr(float(value)))
+        except ValueError:
+            pass
+    raise BudgetError(f"{name} must be a finite number, got {value!r}.")

@@ -1,0 +1,102 @@
+"""What a strategy can do, as data: read when it is registered, without importing its code."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tokenreduce.errors import RegistrationError
+
+Site = Literal["frames", "vision", "projector", "decoder"]
+Kind = Literal["prune", "merge"]
+CountClass = Literal["exact", "layout", "adaptive"]
+CostClass = Literal["score", "neighbor", "bipartite", "greedy", "coverage", "removal", "per_frame"]
+Parity = Literal["official", "description", "none"]
+
+SITES: tuple[Site, ...] = get_args(Site)
+
+COST_MEANING: dict[str, str] = {
+    "score": "one pass over the features, then top-k",
+    "neighbor": "one nearest-neighbour search",
+    "bipartite": "bipartite matching: a quarter of the Gram matrix a round",
+    "greedy": "greedy selection with running distances, k steps over N tokens",
+    "coverage": "greedy coverage, k steps over an N x N matrix",
+    "removal": "iterative removal, several rounds over what remains",
+    "per_frame": "the same work for each frame, linear in frames",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRecord:
+    """The registration record of a strategy.
+
+    Attributes:
+        name: the registered name.
+        target: ``"module:Class"`` of the reducer, imported on first use.
+        summary: one line.
+        sites: where it can run.
+        kind: whether it prunes (gathers) or merges tokens.
+        count: ``"exact"``: the kept count follows from the budget alone; ``"layout"``: also from
+            frames, height and width; ``"adaptive"``: from the data.
+        cost: the cost class, see :data:`COST_MEANING`.
+        needs: names of the signals it reads beside the features themselves.
+        needs_grid: whether it runs only on tokens that form a full (t, y, x) grid.
+        wraps: whether it takes other strategies and applies them.
+        parity: ``"official"``: equals official code on recorded cases; ``"description"``: written
+            from a published description; ``"none"``: there is no official code.
+        paper: arXiv identifier, or an empty string.
+        extra: the optional dependency group that it needs, or an empty string.
+        distribution: the distribution that registered it; filled in by the loader.
+    """
+
+    name: str
+    target: str
+    summary: str
+    sites: tuple[Site, ...] = ("projector",)
+    kind: Kind = "prune"
+    count: CountClass = "exact"
+    cost: CostClass = "score"
+    needs: tuple[str, ...] = ()
+    needs_grid: bool = False
+    wraps: bool = False
+    parity: Parity = "none"
+    paper: str = ""
+    extra: str = ""
+    distribution: str = ""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("kind", get_args(Kind)),
+            ("count", get_args(CountClass)),
+            ("cost", get_args(CostClass)),
+            ("parity", get_args(Parity)),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise RegistrationError(
+                    f"strategy {self.name!r}: {field}={value!r} is not one of {', '.join(allowed)}."
+                )
+        for field, kind in (
+            *((name, str) for name in ("summary", "paper", "extra")),
+            *((name, bool) for name in ("needs_grid", "wraps")),
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, kind):
+                raise RegistrationError(
+                    f"strategy {self.name!r}: {field} must be a {kind.__name__}, got {value!r}."
+                )
+        for field in ("sites", "needs"):
+            value = getattr(self, field)
+            if (
+                isinstance(value, str)
+                or not isinstance(value, tuple | list)
+                or not all(isinstance(item, str) for item in value)
+            ):
+                raise RegistrationError(
+                    f"strategy {self.name!r}: {field} must be a tuple of names, got {value!r}."
+                )
+            object.__setattr__(self, field, tuple(value))
+        unknown = set(self.sites) - set(SITES)
+        if unknown or not self.sites:
+            raise RegistrationError(
+                f"strategy {self.name!r}: sites {sorted(unknown) or '()'} unknown. "
+                f"A site is one of {', '.join(SITES)}."
+            )

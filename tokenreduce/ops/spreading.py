@@ -1,0 +1,39 @@
+"""Farthest-first traversal: the greedy 2-approximation of max-min diversity."""
+
+import torch
+from torch import Tensor
+
+from tokenreduce.ops.selection import first_argmax
+
+
+def farthest_first(unit: Tensor, k: int, *, first: Tensor, gram: Tensor | None = None) -> Tensor:
+    """Pick tokens one by one, each the farthest (cosine) from those picked before.
+
+    Sequential over the ``k`` picks with a running nearest distance: O(k N) time given the Gram
+    matrix, O(k N D) without it, and O(N) extra memory either way.
+
+    Args:
+        unit: ``(B, N, D)`` unit vectors.
+        k: how many to pick, 1 <= k <= N.
+        first: ``(B,)`` the first pick of each item.
+        gram: ``(B, N, N)`` inner products of ``unit``, where the caller has them.
+
+    Returns:
+        ``(B, k)`` indices in the order they were picked; ties go to the lowest index.
+    """
+    rows = torch.arange(unit.shape[0], device=unit.device)
+    picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
+    picks[:, 0] = first
+    distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
+    newest = first
+    for step in range(1, k):
+        if gram is None:
+            similarity = torch.bmm(unit, unit[rows, newest, :, None]).squeeze(2)
+        else:
+            similarity = gram[rows, newest]
+        distance = torch.minimum(distance, 1 - similarity)
+        distance[rows, newest] = -torch.inf
+        # Errors of a cosine are absolute: among near-duplicates every distance is noise.
+        newest = first_argmax(distance, scale=1.0)
+        picks[:, step] = newest
+    return picks

@@ -1,0 +1,201 @@
+"""Pipelines: stages, and how the model they run on is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+
+from tokenreduce.errors import PipelineError, did_you_mean
+from tokenreduce.plugins import installed
+from tokenreduce.reducer import Reducer
+from tokenreduce.stage import Stage
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSettings:
+    """A backend by name, and what it is told.
+
+    Attributes:
+        backend: the registered name.
+        options: everything else that was given.
+    """
+
+    backend: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How a model is loaded. Everything that can be checked without the model is checked here.
+
+    Attributes:
+        path: a local folder or a hub name.
+        adapter: name of the model adapter whose loader is used.
+        dtype: ``"auto"`` for that of the stored weights, or the name of a torch type, such as
+            ``"bfloat16"``.
+        device: a torch device, or ``"auto"`` for CUDA where there is one.
+        attention: the attention implementation, or None for the library's choice.
+        allow_pickle: whether weights that are not safetensors may be read. Pickled weights can run
+            code.
+        quantization: ``{"backend": name, ...}`` or None; a registered quantizer.
+        vision_encoder: ``{"prune": {"backend": name, ...}}`` or None; a registered encoder pruner.
+
+    Raises:
+        PipelineError: if a value is out of range.
+        UnknownName: if no plugin registered the adapter or a backend.
+    """
+
+    path: str
+    adapter: str = "transformers"
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str | None = None
+    allow_pickle: bool = False
+    quantization: Mapping[str, Any] | None = None
+    vision_encoder: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise PipelineError(f"path must be a folder or a hub name, got {self.path!r}.")
+        found = getattr(torch, self.dtype, None) if self.dtype != "auto" else torch.float32
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise PipelineError(
+                f"dtype {self.dtype!r} is no floating point type of torch. "
+                f"{did_you_mean(self.dtype, DTYPES)}"
+            )
+        try:
+            torch.device(self.device if self.device != "auto" else "cpu")
+        except RuntimeError as error:
+            raise PipelineError(
+                f"device {self.device!r} is no torch device: use 'auto', 'cpu', 'cuda' or 'cuda:0'."
+            ) from error
+        known = installed()
+        # Looking the names up is what checks them.
+        _ = known.model_adapters[self.adapter]
+        if (quantizer := self.quantizer) is not None:
+            _ = known.quantizers[quantizer.backend]
+        if (pruner := self.encoder_pruner) is not None:
+            _ = known.encoder_pruners[pruner.backend]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | Literal["auto"]:
+        """The type to load the weights in."""
+        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, with ``"auto"`` resolved for this machine."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def quantizer(self) -> BackendSettings | None:
+        """The quantization backend, or None.
+
+        Raises:
+            PipelineError: if ``quantization`` is not a mapping with the key ``backend``.
+        """
+        if self.quantization is None:
+            return None
+        return _backend("quantization", self.quantization)
+
+    @property
+    def encoder_pruner(self) -> BackendSettings | None:
+        """The encoder-pruning backend, or None.
+
+        Raises:
+            PipelineError: if ``vision_encoder`` is not ``{"prune": {"backend": ...}}``.
+        """
+        settings = self.vision_encoder
+        if settings is None:
+            return None
+        if not isinstance(settings, Mapping):
+            raise PipelineError(
+                f"vision_encoder must be a mapping like {{prune: {{backend: ...}}}}, got "
+                f"{settings!r}."
+            )
+        for key in settings:
+            if key != "prune":
+                raise PipelineError(
+                    f"vision_encoder has no key {key!r}. {did_you_mean(str(key), ['prune'])}"
+                )
+        prune = settings.get("prune")
+        return None if prune is None else _backend("vision_encoder.prune", prune)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """An ordered list of stages, and the model that they run on.
+
+    Attributes:
+        stages: at least one; a bare reducer is taken as a stage at the projector site.
+        model: how to load the model; None for a pipeline that is attached to a live one.
+        variables: what ``vars`` held in the file, for the record.
+        source: where it came from, for error messages; equal pipelines may differ in it.
+
+    Raises:
+        PipelineError: if there is no stage, or something is neither stage nor reducer.
+    """
+
+    stages: tuple[Stage, ...]
+    model: ModelSettings | None = None
+    variables: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        name = self.source or "pipeline"
+        stages = []
+        for given in self.stages:
+            stage = Stage(reducer=given) if isinstance(given, Reducer) else given
+            if not isinstance(stage, Stage):
+                raise PipelineError(
+                    f"{name}: is made of stages, got {type(given).__name__}. Create one with "
+                    "tokenreduce.Stage(reducer=tokenreduce.create_strategy(name, reduction=16))."
+                )
+            stages.append(stage)
+        if not stages:
+            raise PipelineError(f"{name}: needs at least one stage.")
+        object.__setattr__(self, "stages", tuple(stages))
+
+    def build(self) -> tuple[Any, Any, Any]:
+        """Load the model and attach the stages.
+
+        Returns:
+            (model, processor, attachment).
+
+        Raises:
+            PipelineError: if the pipeline names no model, or the model cannot be loaded.
+            BudgetError: if a stage has no budget.
+            MissingExtra: if a backend needs a package that is not installed.
+            UnsupportedModel: if the model has no visual tokens in its sequence.
+            UnsupportedSite: if a stage cannot run at its site on this model.
+            MissingSignal: if a stage needs a signal that the model cannot give.
+        """
+        from tokenreduce.attachment import attach, find_loader
+
+        if self.model is None:
+            raise PipelineError(
+                f"{self.source or 'pipeline'} names no model. Add 'model: {{path: ...}}', or "
+                "attach it to a live model with tokenreduce.attach(model, pipeline)."
+            )
+        for stage in self.stages:
+            stage.require_budget()
+        model, processor = find_loader(self.model.adapter)(self.model, self.stages)
+        return model, processor, attach(model, self, processor=processor)
+
+
+def _backend(where: str, settings: object) -> BackendSettings:
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("backend"), str):
+        raise PipelineError(
+            f"{where} must be a mapping that names a backend, like {{backend: NAME, ...}}, got "
+            f"{settings!r}."
+        )
+    options = {str(key): value for key, value in settings.items() if key != "backend"}
+    return BackendSettings(backend=settings["backend"], options=MappingProxyType(options))

@@ -1,0 +1,219 @@
+"""What really happened: tokens in and out, time, memory, and a reason wherever nothing was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokenreduce.capabilities import Site
+from tokenreduce.plugins import installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReceipt:
+    """What one stage did to one visual item.
+
+    Attributes:
+        strategy: name of the strategy.
+        site: where it ran.
+        tokens_in: tokens before the stage, protected ones included.
+        tokens_out: tokens after it, protected ones included.
+        protected: tokens that stood outside the budget.
+        reason: why nothing was reduced, or an empty string.
+    """
+
+    strategy: str
+    site: Site
+    tokens_in: int
+    tokens_out: int
+    protected: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemReceipt:
+    """What became of one visual item.
+
+    Attributes:
+        prompt: index of the prompt in the batch.
+        modality: ``"image"`` or ``"video"``.
+        stages: one entry for each stage, in order.
+    """
+
+    prompt: int
+    modality: str
+    stages: tuple[StageReceipt, ...]
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens that the encoder and projector gave."""
+        return self.stages[0].tokens_in
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens that the LLM sees."""
+        return self.stages[-1].tokens_out
+
+
+class Stopwatch:
+    """Measures stretches of work on a device without waiting for it.
+
+    On CUDA it records events and reads them only when the time is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Count the time of the enclosed work."""
+        if device.type == "cuda":
+            start = torch.cuda.Event(enable_timing=True)
+            stop = torch.cuda.Event(enable_timing=True)
+            start.record(torch.cuda.current_stream(device))
+            try:
+                yield
+            finally:
+                stop.record(torch.cuda.current_stream(device))
+                self._events.append((start, stop))
+            return
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    @property
+    def milliseconds(self) -> float:
+        """Time counted so far; on CUDA this waits for the work to end."""
+        for start, stop in self._events:
+            stop.synchronize()
+            self._seconds += start.elapsed_time(stop) / 1000
+        self._events.clear()
+        return self._seconds * 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """The record of one prefill.
+
+    Attributes:
+        items: one entry for each visual item, in the order of the prompts.
+        sequence_in: length of the padded sequence that the model was given.
+        sequence_out: length of the padded sequence that the LLM computed.
+        layers: number of LLM layers.
+        kv_bytes_per_token: bytes of keys and values of one token over all layers; 0 if unknown.
+        stopwatch: time spent choosing and merging tokens.
+        reason: why nothing was reduced at all, or an empty string.
+    """
+
+    items: tuple[ItemReceipt, ...] = ()
+    sequence_in: int = 0
+    sequence_out: int = 0
+    layers: int = 0
+    kv_bytes_per_token: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
+    reason: str = ""
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens that the encoder and projector gave."""
+        return sum(item.tokens_in for item in self.items)
+
+    @property
+    def tokens_out(self) -> int:
+        """Visual tokens that the LLM sees."""
+        return sum(item.tokens_out for item in self.items)
+
+    @property
+    def ratio(self) -> float:
+        """Realised share of the visual tokens, out over in; 1.0 without visual tokens."""
+        return self.tokens_out / self.tokens_in if self.tokens_in else 1.0
+
+    @property
+    def tokens_per_layer(self) -> tuple[int, ...]:
+        """Visual tokens in each LLM layer, over the batch."""
+        return (self.tokens_out,) * self.layers
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the visual tokens' keys and values."""
+        return self.tokens_out * self.kv_bytes_per_token
+
+    @property
+    def kv_bytes_saved(self) -> int:
+        """Bytes of keys and values that the dropped tokens would have taken."""
+        return (self.tokens_in - self.tokens_out) * self.kv_bytes_per_token
+
+    @property
+    def selection_ms(self) -> float:
+        """Milliseconds spent choosing and merging tokens."""
+        return self.stopwatch.milliseconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as plain data, for JSON."""
+        return {
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "ratio": self.ratio,
+            "sequence_in": self.sequence_in,
+            "sequence_out": self.sequence_out,
+            "tokens_per_layer": list(self.tokens_per_layer),
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_saved": self.kv_bytes_saved,
+            "selection_ms": self.selection_ms,
+            "reason": self.reason,
+            "items": [
+                {
+                    "prompt": item.prompt,
+                    "modality": item.modality,
+                    "tokens_in": item.tokens_in,
+                    "tokens_out": item.tokens_out,
+                    "stages": [
+                        {
+                            "strategy": stage.strategy,
+                            "site": stage.site,
+                            "tokens_in": stage.tokens_in,
+                            "tokens_out": stage.tokens_out,
+                            "protected": stage.protected,
+                            "reason": stage.reason,
+                        }
+                        for stage in item.stages
+                    ],
+                }
+                for item in self.items
+            ],
+        }
+
+    def __str__(self) -> str:
+        if not self.items:
+            return f"nothing reduced: {self.reason}"
+        lines = []
+        for item in self.items:
+            steps = [f"prompt {item.prompt}, {item.modality}: {item.tokens_in}"]
+            for stage in item.stages:
+                guarded = f", {stage.protected} protected" if stage.protected else ""
+                why = f", {stage.reason}" if stage.reason else ""
+                steps.append(f"{stage.tokens_out} ({stage.strategy} at {stage.site}{guarded}{why})")
+            lines.append(" -> ".join(steps))
+        factor = self.tokens_in / self.tokens_out if self.tokens_out else float("inf")
+        lines.append(
+            f"{self.tokens_in} -> {self.tokens_out} visual tokens ({factor:.1f}x fewer), "
+            f"LLM sequence {self.sequence_in} -> {self.sequence_out}, "
+            f"selection {self.selection_ms:.1f} ms, "
+            f"KV cache {self.kv_bytes_saved / 2**20:.1f} MiB smaller"
+        )
+        return "\n".join(lines)
+
+
+def notify_observers(receipt: Receipt) -> None:
+    """Hand a receipt to every registered observer."""
+    observers = installed().observers
+    for name in observers:
+        observers.resolve(name)(receipt)

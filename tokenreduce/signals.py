@@ -1,0 +1,86 @@
+"""The vocabulary of signals: what a strategy may read of a model beside the projected features.
+
+A plugin extends the vocabulary through the hook ``register_signals``; the built-in names below
+enter by the same hook.
+"""
+
+from dataclasses import dataclass
+
+from tokenreduce.errors import RegistrationError
+from tokenreduce.hookspecs import Register, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalRecord:
+    """One signal.
+
+    Attributes:
+        name: the registered name, the key in ``VisualTokens.signals``.
+        dims: names of the axes; a signal whose second axis is ``"tokens"`` has one value (or
+            vector) for each token that the LLM sees and is reduced with the tokens.
+        meaning: one line.
+        distribution: the distribution that registered it; filled in by the loader.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    meaning: str
+    target: str = "tokenreduce.signals:SignalRecord"
+    extra: str = ""
+    distribution: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.dims or self.dims[0] != "batch":
+            raise RegistrationError(
+                f"signal {self.name!r}: dims {self.dims!r} must begin with 'batch'."
+            )
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the signal has one entry for each visual token."""
+        return len(self.dims) > 1 and self.dims[1] == "tokens"
+
+
+@hookimpl
+def register_signals(register: Register) -> None:
+    """The built-in vocabulary."""
+    for name, dims, meaning in (
+        (
+            "vision_features",
+            ("batch", "tokens", "channels"),
+            "features of the vision encoder before the projector",
+        ),
+        (
+            "class_attention",
+            ("batch", "tokens"),
+            "attention of the class token to each token, averaged over heads",
+        ),
+        (
+            "received_attention",
+            ("batch", "tokens"),
+            "attention that each token receives from all others, averaged over heads",
+        ),
+        ("queries", ("batch", "tokens", "channels"), "attention queries of an encoder layer"),
+        ("keys", ("batch", "tokens", "channels"), "attention keys of an encoder layer"),
+        (
+            "prompt_embeddings",
+            ("batch", "prompt", "channels"),
+            "text embeddings of the prompt, in the space of the LLM",
+        ),
+        (
+            "joint_image_embeddings",
+            ("batch", "tokens", "channels"),
+            "patch embeddings in the space that a vision-text encoder shares with text",
+        ),
+        (
+            "joint_text_embeddings",
+            ("batch", "prompt", "channels"),
+            "prompt embeddings in the space that a vision-text encoder shares with images",
+        ),
+        (
+            "decoder_attention",
+            ("batch", "tokens"),
+            "attention of the prompt's query tokens to each visual token in an LLM layer",
+        ),
+    ):
+        register(name, dims=dims, meaning=meaning)
