@@ -1,0 +1,43 @@
+"""transformers models."""
+
+from tokenreduce.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def register_model_adapters(register: Register) -> None:
+    """Register the adapters of transformers models: one for each family, and the generic one."""
+    here = "tokenreduce_integrations.transformers"
+    models = "transformers.models"
+    for name, adapter, base, summary in (
+        (
+            "transformers",
+            "TransformersAdapter",
+            "transformers.modeling_utils.PreTrainedModel",
+            "multimodal LLMs of transformers; tokens without known geometry",
+        ),
+        (
+            "llava",
+            "LlavaAdapter",
+            f"{models}.llava.modeling_llava.LlavaPreTrainedModel",
+            "LLaVA-1.5 and models of its class",
+        ),
+        (
+            "llava-onevision",
+            "LlavaOnevisionAdapter",
+            f"{models}.llava_onevision.modeling_llava_onevision.LlavaOnevisionPreTrainedModel",
+            "LLaVA-OneVision, images and video",
+        ),
+        (
+            "qwen2.5-vl",
+            "Qwen2_5VLAdapter",
+            f"{models}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLPreTrainedModel",
+            "Qwen2.5-VL, images and video",
+        ),
+    ):
+        register(
+            name,
+            f"{here}.adapters:{adapter}",
+            models=(base,),
+            loader=f"{here}.loading:load_model",
+            summary=summary,
+        )

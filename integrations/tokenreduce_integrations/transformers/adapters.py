@@ -1,0 +1,73 @@
+"""Model adapters: which family a model belongs to, and putting stages on it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tokenreduce.attachment import Attachment
+from tokenreduce.errors import MissingSignal, UnsupportedSite
+from tokenreduce.stage import Stage
+from tokenreduce_integrations.transformers import families
+from tokenreduce_integrations.transformers.attachment import TransformersAttachment
+from tokenreduce_integrations.transformers.families import Family
+
+
+class TransformersAdapter:
+    """Any transformers model that merges visual features through ``get_placeholder_mask``.
+
+    Tokens are laid out as a line, since their geometry is unknown; adapters of families know it.
+    """
+
+    family: ClassVar[Family] = families.GENERIC
+
+    def attach(
+        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+    ) -> Attachment:
+        """See :class:`tokenreduce.attachment.ModelAdapter`."""
+        decoder, owner = families.find_decoder(model), families.find_owner(model)
+        for stage in stages:
+            self._check(model, stage)
+        parameter = next(decoder.parameters())
+        for stage in stages:
+            stage.reducer.prepare(parameter.device, parameter.dtype)
+        return TransformersAttachment(
+            model, stages, family=self.family, decoder=decoder, owner=owner
+        )
+
+    def _check(self, model: nn.Module, stage: Stage) -> None:
+        if stage.site not in self.family.sites:
+            raise UnsupportedSite(
+                f"stage {stage.reducer.name!r} at the site {stage.site!r}: "
+                f"{type(model).__name__} ({self.family.name} family) is served at: "
+                f"{', '.join(self.family.sites)}."
+            )
+        missing = [name for name in stage.reducer.needs if name not in self.family.signals]
+        if missing:
+            raise MissingSignal(
+                f"strategy {stage.reducer.name!r} needs the signal "
+                f"{', '.join(repr(name) for name in missing)}, which cannot be captured from "
+                f"{type(model).__name__} ({self.family.name} family; it gives "
+                f"{', '.join(sorted(self.family.signals)) or 'projected features only'}). "
+                "'tokenreduce list' shows strategies that read features alone, such as lftr and "
+                "divprune."
+            )
+
+
+class LlavaAdapter(TransformersAdapter):
+    """LLaVA-1.5 and models of its class."""
+
+    family = families.LLAVA
+
+
+class LlavaOnevisionAdapter(TransformersAdapter):
+    """LLaVA-OneVision: tiled images and clips."""
+
+    family = families.LLAVA_ONEVISION
+
+
+class Qwen2_5VLAdapter(TransformersAdapter):  # noqa: N801 (the model's own name)
+    """Qwen2.5-VL: native-resolution images and clips."""
+
+    family = families.QWEN2_5_VL

@@ -1,0 +1,90 @@
+"""What differs between families of transformers models, as data and small functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenreduce.capabilities import Site
+from tokenreduce.errors import UnsupportedModel
+from tokenreduce.tokens import Layout
+from tokenreduce_integrations.transformers import layouts
+
+LayoutFunction = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], list[Layout]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: how errors and the support matrix call it.
+        layouts: for each modality, where the tokens of its items lie; called with the module that
+            owns the features, the features ``(N, D)`` of each item, and the arguments of the
+            encoding call. A modality without an entry has no known geometry: its tokens are laid
+            out as a line.
+        signals: signals that can be captured.
+        sites: sites that can be served.
+    """
+
+    name: str
+    layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
+    signals: frozenset[str] = frozenset()
+    sites: tuple[Site, ...] = ("projector",)
+
+
+GENERIC = Family(name="generic")
+LLAVA = Family(name="LLaVA", layouts={"image": layouts.square_patches})
+LLAVA_ONEVISION = Family(
+    name="LLaVA-OneVision",
+    layouts={"image": layouts.packed_tiles, "video": layouts.pooled_frames},
+)
+QWEN2_5_VL = Family(
+    name="Qwen2.5-VL",
+    layouts={
+        "image": layouts.merged_patches("image"),
+        "video": layouts.merged_patches("video"),
+    },
+)
+
+
+def find_decoder(model: nn.Module) -> Any:
+    """The text decoder: the module that runs the LLM's layers.
+
+    Raises:
+        UnsupportedModel: if there is none.
+    """
+    found: Any = model
+    while True:
+        inner = found.get_decoder() if hasattr(found, "get_decoder") else found
+        if inner is found and not hasattr(found, "layers") and hasattr(found, "model"):
+            inner = found.model
+        if inner is found or inner is None:
+            break
+        found = inner
+    if found is model or not isinstance(getattr(found, "layers", None), nn.ModuleList):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no text decoder behind an encoder: it is a text-only "
+            "model, or one whose decoder TokenReduce does not know. Attach to a multimodal model "
+            "such as LlavaForConditionalGeneration."
+        )
+    return found
+
+
+def find_owner(model: nn.Module) -> Any:
+    """The module that merges visual features into the text embeddings.
+
+    Raises:
+        UnsupportedModel: if the model does not place visual tokens in its sequence.
+    """
+    for candidate in (getattr(model, "model", None), getattr(model, "base_model", None), model):
+        if isinstance(candidate, nn.Module) and hasattr(candidate, "get_placeholder_mask"):
+            return candidate
+    raise UnsupportedModel(
+        f"{type(model).__name__} does not place visual tokens in the LLM's sequence by way of "
+        "get_placeholder_mask: it is a text-only model, or one whose visual tokens reach the LLM "
+        "in a way that no installed adapter knows."
+    )

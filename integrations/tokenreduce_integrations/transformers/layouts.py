@@ -1,0 +1,155 @@
+"""Where each visual token lies in the picture or clip that the user supplied, by model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce.tokens import Layout
+
+
+def grid_layout(grid: Sequence[int], count: int) -> Layout:
+    """A full grid if it holds ``count`` tokens, else a line."""
+    product = 1
+    for side in grid:
+        product *= int(side)
+    fits = product == count and all(int(side) > 0 for side in grid)
+    return Layout.from_grid([int(side) for side in grid]) if fits else Layout.line(count)
+
+
+def square_patches(
+    owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> list[Layout]:
+    """Patches of whole images (LLaVA): rows and columns of the vision tower's grid.
+
+    A class token that the projector passed on comes first and is protected.
+    """
+    patch = owner.config.vision_config.patch_size
+    pixels = arguments["pixel_values"]
+    sizes = arguments.get("image_sizes")
+    layouts = []
+    for index, feature in enumerate(features):
+        height, width = sizes[index] if sizes is not None else pixels.shape[-2:]
+        grid = (int(height) // patch, int(width) // patch)
+        count = feature.shape[0]
+        if grid[0] * grid[1] == count - 1:
+            layouts.append(_with_class_token(Layout.from_grid(grid)))
+        else:
+            layouts.append(grid_layout(grid, count))
+    return layouts
+
+
+def packed_tiles(
+    owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> list[Layout]:
+    """A thumbnail (block 0) and the unpadded mosaic of tiles (block 1) with newlines at line ends.
+
+    The model's own packing is asked where each line ends, with a marker for the newline; newlines
+    are protected.
+    """
+    config = owner.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    sizes = arguments["image_sizes"]
+    aspect = arguments.get("vision_aspect_ratio") or getattr(
+        config, "vision_aspect_ratio", "anyres_max_9"
+    )
+    layouts = []
+    for index, feature in enumerate(features):
+        count = feature.shape[0]
+        newline = _newlines(owner, sizes[index : index + 1], side, aspect, count)
+        layouts.append(
+            Layout.line(count) if newline is None else _mosaic_layout(side, newline, count)
+        )
+    return layouts
+
+
+def pooled_frames(
+    owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> list[Layout]:
+    """Pooled frames of a clip with one newline at the end (LLaVA-OneVision); it is protected."""
+    frames = arguments["pixel_values_videos"].shape[1]
+    layouts = []
+    for feature in features:
+        count = feature.shape[0]
+        side = round(((count - 1) / frames) ** 0.5)
+        if frames * side * side == count - 1:
+            layouts.append(_with_newline(Layout.from_grid((frames, side, side))))
+        else:
+            layouts.append(Layout.line(count))
+    return layouts
+
+
+def merged_patches(modality: str) -> Any:
+    """Patches merged two by two, with the grid given beside the pixels (Qwen2.5-VL)."""
+
+    def layouts(
+        owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> list[Layout]:
+        merge = owner.config.vision_config.spatial_merge_size
+        grids = arguments[f"{modality}_grid_thw"].tolist()
+        return [
+            grid_layout((t, h // merge, w // merge), feature.shape[0])
+            for (t, h, w), feature in zip(grids, features, strict=True)
+        ]
+
+    return layouts
+
+
+def _with_class_token(patches: Layout) -> Layout:
+    first = torch.zeros(1, 4, dtype=torch.long)
+    guarded = torch.arange(len(patches) + 1) == 0
+    return Layout(torch.cat([first, patches.coords]), guarded)
+
+
+def _with_newline(clip: Layout) -> Layout:
+    end = clip.coords[-1:] + torch.tensor([[0, 0, 0, 1]])
+    guarded = torch.arange(len(clip) + 1) == len(clip)
+    return Layout(torch.cat([clip.coords, end]), guarded)
+
+
+def _newlines(owner: Any, size: Any, side: int, aspect: Any, count: int) -> Tensor | None:
+    """``(count,)`` which tokens of a packed image are newlines; None if packing says otherwise."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    tiles = image_size_to_num_patches(
+        image_size=size[0],
+        grid_pinpoints=owner.config.image_grid_pinpoints,
+        patch_size=owner.config.vision_config.image_size,
+    )
+    for blocks in (tiles, 1):
+        packed = owner.pack_image_features(
+            [torch.zeros(blocks, side * side, 1)],
+            size,
+            image_newline=torch.ones(1),
+            vision_aspect_ratio=aspect,
+        )[0][0]
+        if packed.shape[0] == count:
+            newline: Tensor = packed[:, 0] > 0.5
+            return newline
+    return None
+
+
+def _mosaic_layout(side: int, newline: Tensor, count: int) -> Layout:
+    thumbnail = Layout.from_grid((side, side)).coords
+    rest = newline[side * side :]
+    if rest.numel() == 0:
+        return Layout(thumbnail)
+    line_length = int(rest.nonzero()[0]) + 1
+    place = torch.arange(rest.numel())
+    mosaic = torch.stack(
+        [
+            torch.ones_like(place),
+            torch.zeros_like(place),
+            place // line_length,
+            place % line_length,
+        ],
+        dim=1,
+    )
+    if rest.numel() == 1:
+        mosaic = thumbnail[-1:] + torch.tensor([[0, 0, 0, 1]])
+    return Layout(torch.cat([thumbnail, mosaic])[:count], newline)

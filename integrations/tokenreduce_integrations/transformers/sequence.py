@@ -1,0 +1,105 @@
+"""The functional core of the attachment: from which tokens stay to what the decoder computes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SequencePlan(NamedTuple):
+    """A shorter padded sequence, made of columns of a longer one.
+
+    Attributes:
+        columns: ``(B, S')`` column of the given sequence at each place of the shorter one.
+        valid: ``(B, S')`` False where a place is padding.
+    """
+
+    columns: Tensor
+    valid: Tensor
+
+
+def plan_sequence(keep: Tensor, *, pad_right: bool) -> SequencePlan:
+    """Gather the kept columns of each row, padded to the longest row.
+
+    Args:
+        keep: ``(B, S)`` columns that stay; at least one in each row.
+        pad_right: on which side shorter rows are padded.
+    """
+    longest = int(keep.sum(1).max())
+    order = (~keep if pad_right else keep).to(torch.uint8).argsort(dim=1, stable=True)
+    columns = order[:, :longest] if pad_right else order[:, keep.shape[1] - longest :]
+    return SequencePlan(columns, keep.gather(1, columns))
+
+
+def gather_positions(position_ids: Tensor, plan: SequencePlan) -> Tensor:
+    """Original positions of the planned columns.
+
+    Args:
+        position_ids: ``(B or 1, S)``, or with leading axes (``(3, B, S)`` and ``(4, B, S)`` of
+            multimodal rotary embeddings).
+        plan: the plan.
+
+    Returns:
+        ``(..., B, S')``.
+    """
+    batch = plan.columns.shape[0]
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch, position_ids.shape[-1])
+    columns = plan.columns.to(position_ids.device)
+    return position_ids.gather(-1, columns.expand(*position_ids.shape[:-1], columns.shape[-1]))
+
+
+def text_row_positions(valid: Tensor, past_valid: Tensor) -> Tensor:
+    """Contiguous positions of a padded sequence that follows cached slots.
+
+    Row 0 of four-row multimodal positions feeds only masks and packed-sequence detection, which
+    takes a gap for the boundary of a packed sample.
+
+    Args:
+        valid: ``(B, S')`` tokens of the sequence.
+        past_valid: ``(B, L)`` tokens in the cache.
+    """
+    return (past_valid.sum(1, keepdim=True) + valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+def restore_length(hidden: Tensor, plan: SequencePlan, length: int) -> Tensor:
+    """Hidden states of the given length: each column shows the last kept column at or before it.
+
+    So the logits that predict a kept token are those of its predecessor in the shorter sequence,
+    and labels, losses and slices keep their meaning.
+
+    Args:
+        hidden: ``(B, S', D)``.
+        plan: the plan.
+        length: S, the length of the given sequence.
+    """
+    batch, kept, width = hidden.shape
+    place = torch.arange(kept, device=hidden.device).expand(batch, -1) * plan.valid
+    last = torch.zeros(batch, length, dtype=torch.long, device=hidden.device)
+    last.scatter_reduce_(1, plan.columns * plan.valid, place, "amax")
+    last = last.cummax(dim=1).values
+    return hidden.gather(1, last[..., None].expand(-1, -1, width))
+
+
+def query_mask(attention_mask: object, past: int, batch: int, length: int) -> Tensor | None:
+    """Which of the new tokens the caller calls padding, as ``(B, S)``; None if none.
+
+    Args:
+        attention_mask: None, ``(B, past + S)``, a four-dimensional mask ``(B, 1, S, past + S)``, or
+            a mapping of those by kind of attention.
+        past: length of the cached sequence as the caller knows it.
+        batch: B.
+        length: S.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.ndim == 4:
+        last_row = attention_mask[:, 0, -1, past : past + length]
+        row = last_row if last_row.dtype == torch.bool else last_row == 0
+        return row.expand(batch, -1)
+    if attention_mask.shape[1] != past + length:
+        return None
+    return attention_mask[:, past:].bool()

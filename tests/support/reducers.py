@@ -1,0 +1,49 @@
+"""Small reducers of our own for tests of the framework around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenreduce.ops import content_seed, counter_uniform
+from tokenreduce.reducer import Grouping, Merger, Reducer
+from tokenreduce.reduction import Reduction
+from tokenreduce.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnevenRandom(Reducer):
+    """Keeps a random third to two thirds, how many being decided by content."""
+
+    adaptive: ClassVar[bool] = True
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        order = counter_uniform(content_seed(tokens.features), tokens.count + 1)
+        share = (1 + float(order[0, -1])) / 3
+        k = max(1, int(tokens.count * share))
+        return Reduction.from_kept(tokens, order[:, :-1].argsort(1)[:, :k])
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsAll(Reducer):
+    """An adaptive strategy that finds nothing redundant."""
+
+    adaptive: ClassVar[bool] = True
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        everyone = torch.arange(tokens.count).expand(tokens.batch, -1)
+        return Reduction.from_kept(tokens, everyone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryOther(Merger):
+    """Merges runs of neighbours, dropping the very first token."""
+
+    def assign(self, tokens: VisualTokens, k: int) -> Tensor | Grouping:
+        groups = torch.arange(tokens.count) * k // tokens.count
+        groups = groups.repeat(tokens.batch, 1)
+        groups[:, 0] = -1
+        return groups
