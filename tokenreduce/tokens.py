@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 import torch
@@ -56,9 +56,7 @@ class Layout:
         if len(grid) not in (2, 3) or any(int(side) < 1 for side in grid):
             raise TokensError(f"a grid is (T, H, W) or (H, W) with positive sides, got {grid!r}.")
         t, h, w = (1, *grid) if len(grid) == 2 else grid
-        axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        coords = torch.stack([torch.full_like(axes[0], block), *axes], dim=-1)
-        return cls(coords.reshape(-1, 4))
+        return _full_grid(int(t), int(h), int(w), block)
 
     @classmethod
     def line(cls, length: int) -> Layout:
@@ -117,6 +115,14 @@ class Layout:
     def __repr__(self) -> str:
         shape = f"grid={self.grid}" if self.grid else f"tokens={len(self)}"
         return f"Layout({shape}, protected={self.protected_count})"
+
+
+@lru_cache(maxsize=1024)
+def _full_grid(t: int, h: int, w: int, block: int) -> Layout:
+    """Shared, since the same grids come with every image: layouts do not change."""
+    axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+    coords = torch.stack([torch.full_like(axes[0], block), *axes], dim=-1)
+    return Layout(coords.reshape(-1, 4))
 
 
 class VisualTokens:

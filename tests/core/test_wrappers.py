@@ -1,0 +1,90 @@
+"""Wrappers: the same as applying the inner reducer to each part by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenreduce as tr
+from support.reducers import EveryOther, UnevenRandom
+from tokenreduce.errors import BudgetError, PipelineError, ReductionError
+from tokenreduce.reducer import Reducer
+from tokenreduce.wrappers import Chain
+
+TOPK = tr.create_strategy("norm-topk")
+
+
+def clip(frames: int = 5, side: int = 3, batch: int = 2) -> tr.VisualTokens:
+    generator = torch.Generator().manual_seed(0)
+    return tr.VisualTokens.from_grid(
+        torch.randn(batch, frames * side * side, 4, generator=generator), (frames, side, side)
+    )
+
+
+@pytest.mark.parametrize("inner", [TOPK, EveryOther()])
+def test_per_frame_is_the_inner_reducer_on_each_frame(inner: Reducer) -> None:
+    tokens = clip()
+    result = tr.per_frame(inner, keep=10)(tokens)
+    assert result.kept == 10
+    for b in range(tokens.batch):
+        for frame in range(5):
+            part = tokens.item(b).select(torch.arange(frame * 9, frame * 9 + 9))
+            alone = inner.with_budget(keep=2)(part)
+            mine = slice(frame * 2, frame * 2 + 2)
+            assert torch.equal(result.positions[b, mine], alone.positions[0] + frame * 9)
+            assert torch.allclose(result.features[b, mine], alone.features[0])
+            expected = alone.assignment[0]
+            shifted = torch.where(expected < 0, -1, expected + frame * 2)
+            assert torch.equal(result.assignment[b, frame * 9 : frame * 9 + 9], shifted)
+
+
+def test_budgets_are_shared_or_left_to_the_inner_reducer() -> None:
+    tokens = clip(batch=1)
+    assert tr.per_frame(TOPK, keep=12)(tokens).kept == 12
+    assert tr.per_frame(tr.create_strategy("norm-topk", keep=2))(tokens).kept == 10
+    assert tr.per_segment(TOPK, frames=2, keep_ratio=0.2)(tokens).kept == 9
+    with pytest.raises(BudgetError, match="two budgets"):
+        tr.per_frame(tr.create_strategy("norm-topk", keep=2), keep=4)
+    with pytest.raises(BudgetError, match="no budget"):
+        tr.per_frame(TOPK)(tokens)
+    with pytest.raises(BudgetError, match="shared among 5 groups"):
+        tr.per_frame(TOPK, keep=3)(tokens)
+    with pytest.raises(PipelineError, match="at least 1"):
+        tr.per_segment(TOPK, frames=0, keep=4)
+
+
+def test_per_tile_groups_by_block() -> None:
+    coords = torch.cat([tr.Layout.from_grid((2, 2), block=b).coords for b in range(3)])
+    features = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+    result = tr.per_tile(TOPK, keep=6)(tr.VisualTokens(features, coords))
+    assert (result.positions[0] // 4).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_protected_tokens_pass_through_wrappers() -> None:
+    tokens = clip(batch=1)
+    layout = tokens.layout.protect(torch.arange(45) % 9 == 0)
+    result = tr.per_frame(TOPK, keep=5)(tr.VisualTokens(tokens.features, layout))
+    assert result.kept == 10
+    assert set(range(0, 45, 9)) <= set(result.positions[0].tolist())
+
+
+def test_chain_applies_one_after_another() -> None:
+    tokens = clip()
+    first, second = EveryOther(keep=20), tr.create_strategy("norm-topk", keep=5)
+    result = tr.chain(first, second)(tokens)
+    for b in range(tokens.batch):
+        one = first(tokens.item(b))
+        two = second(one.tokens(tokens.item(b))[0])
+        assert torch.equal(result.item(b).positions, one.then(two).positions)
+        assert torch.allclose(result.item(b).features, two.features)
+        assert torch.allclose(result.apply(tokens.features)[b], two.features[0], atol=1e-5)
+    with pytest.raises(BudgetError, match="no budget of its own"):
+        Chain(reducers=(first,), keep=3)
+    with pytest.raises(PipelineError, match="at least one"):
+        tr.chain()
+
+
+def test_items_that_keep_different_counts_do_not_fit_a_dense_batch() -> None:
+    tokens = clip(frames=6, side=4, batch=4)
+    with pytest.raises(ReductionError, match="different counts"):
+        tr.chain(UnevenRandom())(tokens)
