@@ -1,0 +1,76 @@
+"""Every Python and YAML block of the README and the docs runs; generated parts are up to date."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tokenreduce as tr
+from tokenreduce import hookspecs
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[Any]:
+    """The fenced blocks of a language, as parameters named after their page and order."""
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+        found += [pytest.param(text, id=f"{page.name}-{i}") for i, text in enumerate(texts)]
+    return found
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    name = re.match(r"# (\w+)\.py\n", block)
+    if name is None:
+        exec(compile(block, "<block>", "exec"), {"__name__": "block"})
+        return
+    # A block that begins with its file's name is a plugin module.
+    (tmp_path / f"{name[1]}.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    check = (
+        "import importlib, sys; from tokenreduce.plugins import installed; "
+        f"status = installed().load('block', importlib.import_module({name[1]!r})); "
+        "assert status.state == 'loaded', status.error; "
+        "from tokenreduce.testing import run_checks; "
+        "names = [r.split(' ', 1)[1] for r in status.registered if r.startswith('strategy ')]; "
+        "failed = [r for n in names for r in run_checks(n) if not r.ok]; "
+        "assert names and not failed, failed"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_parse(block: str) -> None:
+    assert tr.load_pipeline(yaml.safe_load(block)).stages
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_hook_is_documented() -> None:
+    text = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    for hook in (name for name in vars(hookspecs) if name.startswith("register_")):
+        assert f"`{hook}(register)`" in text
+
+
+def test_links_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
