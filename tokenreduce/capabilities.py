@@ -12,6 +12,8 @@ CostClass = Literal["score", "neighbor", "bipartite", "greedy", "coverage", "rem
 Parity = Literal["official", "description", "none"]
 
 SITES: tuple[Site, ...] = get_args(Site)
+#: From the strictest to the loosest.
+COUNT_CLASSES: tuple[CountClass, ...] = get_args(CountClass)
 
 COST_MEANING: dict[str, str] = {
     "score": "one pass over the features, then top-k",

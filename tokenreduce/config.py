@@ -41,7 +41,7 @@ _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 class _FileSchema:
     """The framework's own keys of a file; their values are checked one level further down."""
 
-    vars: dict[str, Any] = field(default_factory=dict)
+    vars: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
     reduce: list[Any] = MISSING
 
@@ -83,11 +83,12 @@ def load_pipeline(
             f"{root}: needs the key 'reduce' with a list of stages, as in "
             "'reduce: [{strategy: NAME, reduction: 16}]'."
         )
+    parts = data.pop("reduce")
     top = _typed(_FileSchema, data, root)
     model = None if top.get("model") is None else _model(top["model"], root / "model")
-    if not top["reduce"]:
+    if not parts:
         raise PipelineError(f"{root / 'reduce'}: needs at least one stage.")
-    stages = [_stage(part, root / "reduce" / i) for i, part in enumerate(top["reduce"])]
+    stages = [_stage(part, root / "reduce" / i) for i, part in enumerate(parts)]
     return Pipeline(
         stages=tuple(stages),
         model=model,
@@ -180,7 +181,7 @@ def _create(label: str, mapping: Mapping[Any, Any]) -> DictConfig:
     try:
         if isinstance(mapping, DictConfig):
             return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(mapping)))
-        return OmegaConf.create(dict(mapping))
+        return OmegaConf.create(dict(mapping), flags={"allow_objects": True})
     except (OmegaConfBaseException, RecursionError) as error:
         raise PipelineError(f"{label}: {_reason(error)}.") from error
 

@@ -103,7 +103,7 @@ def reduce_packed(packed: PackedTokens, reducers: Sequence[Reducer]) -> list[Red
     buckets: dict[object, list[int]] = {}
     for index, (layout, reducer) in enumerate(zip(packed.layouts, reducers, strict=True)):
         # What an adaptive strategy keeps differs between items, so it sees them one by one.
-        alone = index if reducer.record.count == "adaptive" else None
+        alone = index if reducer.count_class == "adaptive" else None
         buckets.setdefault((layout.key, reducer, alone), []).append(index)
     reductions: list[Reduction | None] = [None] * len(packed.layouts)
     for items in buckets.values():

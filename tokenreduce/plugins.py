@@ -260,4 +260,4 @@ def _last_line(error: BaseException) -> str:
     summary = traceback.TracebackException.from_exception(error)
     # Notes come after the line that names the error.
     summary.__notes__ = None
-    return list(summary.format_exception_only())[-1].strip()
+    return " ".join(list(summary.format_exception_only())[-1].split())

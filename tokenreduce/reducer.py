@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.budget import Budget
-from tokenreduce.capabilities import StrategyRecord
+from tokenreduce.capabilities import COUNT_CLASSES, CountClass, StrategyRecord
 from tokenreduce.errors import BudgetError, ReductionError, TokensError
 from tokenreduce.ops.merging import MergeWeights
 from tokenreduce.ops.selection import top_k_indices
@@ -82,17 +82,30 @@ class Reducer(ABC):
 
     @cached_property
     def record(self) -> StrategyRecord:
-        """The registration record; of a class that nobody registered, one with the defaults."""
-        target = f"{type(self).__module__}:{type(self).__qualname__}"
-        for record in installed().strategies.values():
-            if record.target == target:
-                return record
-        return StrategyRecord(
+        """The registration record.
+
+        A class that nobody registered has that of its nearest registered ancestor under its own
+        name, or else one with the defaults.
+        """
+        registered = {record.target: record for record in installed().strategies.values()}
+        own, *ancestors = (f"{c.__module__}:{c.__qualname__}" for c in type(self).__mro__)
+        if own in registered:
+            return registered[own]
+        inherited = next((registered[a] for a in ancestors if a in registered), None)
+        if inherited is None:
+            inherited = StrategyRecord(
+                name="",
+                target=own,
+                summary="",
+                kind="merge" if isinstance(self, Merger) else "prune",
+                count="adaptive" if self.adaptive else "exact",
+            )
+        return replace(
+            inherited,
             name=type(self).__name__,
-            target=target,
+            target=own,
             summary=(type(self).__doc__ or "").partition("\n")[0],
-            kind="merge" if isinstance(self, Merger) else "prune",
-            count="adaptive" if self.adaptive else "exact",
+            distribution="",
         )
 
     @property
@@ -109,6 +122,12 @@ class Reducer(ABC):
         for value in self.options().values():
             candidates = value if isinstance(value, tuple | list) else (value,)
             yield from (inner for inner in candidates if isinstance(inner, Reducer))
+
+    @property
+    def count_class(self) -> CountClass:
+        """What the kept count follows from, for this configuration: the loosest of its parts."""
+        parts = (self.record.count, *(inner.count_class for inner in self.inner_reducers()))
+        return max(parts, key=COUNT_CLASSES.index)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -185,7 +204,7 @@ class Reducer(ABC):
                 f"strategy {self.name!r} returned {type(result).__name__}, not a Reduction."
             )
         result.check(tokens, strategy=self.name)
-        exact = self.budget is not None and self.record.count == "exact"
+        exact = self.budget is not None and self.count_class == "exact"
         if exact and result.kept != self.count(tokens.count):
             raise ReductionError(
                 f"strategy {self.name!r} kept {result.kept} of {tokens.count} tokens, its budget "

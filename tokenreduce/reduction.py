@@ -16,7 +16,7 @@ from tokenreduce.tokens import VisualTokens
 DROPPED = -1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Reduction:
     """Fewer tokens, with a record of what became of each source token.
 
@@ -214,6 +214,12 @@ class Reduction:
         """The gather at the kept positions, as edges."""
         output = torch.arange(self.kept, device=self.positions.device).expand_as(self.positions)
         return MergeWeights(output, self.positions, torch.ones_like(output, dtype=torch.float32))
+
+    def __repr__(self) -> str:
+        kind = "pruned" if self.weights is None else "merged"
+        why = f", reason={self.reason!r}" if self.reason else ""
+        batch = self.positions.shape[0]
+        return f"Reduction(batch={batch}, {self.source_count} -> {self.kept} tokens, {kind}{why})"
 
     def item(self, index: int) -> Reduction:
         """One item of the batch, as a batch of one."""

@@ -8,6 +8,15 @@ def register_strategies(register: Register) -> None:
     """Register the built-in strategies."""
     here = "tokenreduce_strategies"
     register(
+        "lftr",
+        f"{here}.lftr:LFTR",
+        summary="Merges along time, groups around representatives, drops what says least.",
+        kind="merge",
+        cost="neighbor",
+        parity="none",
+        paper="2501.17391",
+    )
+    register(
         "norm-topk",
         f"{here}.norm_topk:NormTopK",
         summary="Keeps the tokens of largest norm.",

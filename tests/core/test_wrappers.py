@@ -53,6 +53,12 @@ def test_budgets_are_shared_or_left_to_the_inner_reducer() -> None:
         tr.per_segment(TOPK, frames=0, keep=4)
 
 
+def test_counts_that_follow_the_layout_pass_through_wrappers() -> None:
+    tokens = clip(frames=2, side=4, batch=1)
+    result = tr.per_frame(tr.create_strategy("avg-pool"), keep=11)(tokens)
+    assert result.kept <= 11
+
+
 def test_per_tile_groups_by_block() -> None:
     coords = torch.cat([tr.Layout.from_grid((2, 2), block=b).coords for b in range(3)])
     features = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))

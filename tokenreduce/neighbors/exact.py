@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenreduce.ops.selection import top_k_indices
+from tokenreduce.ops.selection import first_argmax, top_k_indices
 from tokenreduce.ops.similarity import unit_vectors
 
 Metric = Literal["cosine", "euclidean"]
@@ -39,7 +39,10 @@ def nearest_exact(
             score[:, own - start, own] = -torch.inf
         # Rounding errors are relative to the terms of a score, not to what is left of them.
         scale = 1.0 if cosine else tile.square().sum(-1, keepdim=True)
-        found = top_k_indices(score, k, scale=scale)
+        if k == 1:
+            found = first_argmax(score, scale=scale)[..., None]
+        else:
+            found = top_k_indices(score, k, scale=scale)
         if cosine:
             value = score.gather(2, found)
         else:

@@ -53,8 +53,8 @@ def merge_tokens(tensor: Tensor, weights: MergeWeights, count: int) -> Tensor:
     """
     batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
     value = weights.value.reshape(*weights.value.shape, *(1 for _ in tensor.shape[2:]))
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    contributions = tensor[batch, weights.source].to(wide) * value
+    # The weights are float32, so the product is at least that wide.
+    contributions = tensor[batch, weights.source] * value
     merged: Tensor = contributions.new_zeros(tensor.shape[0] * count, *tensor.shape[2:])
     row = (weights.output + batch * count).flatten()
     # index_add_ is fast but atomic, hence unordered, on CUDA; index_put_ sorts there first.

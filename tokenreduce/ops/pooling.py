@@ -109,11 +109,12 @@ def pooled_grid(grid: tuple[int, int, int], k: int) -> tuple[int, int, int]:
     each = k // frames
     choices: list[tuple[Fraction, Fraction, int, int]] = []
     for h in range(1, min(height, each) + 1):
-        # More columns than this only make cells longer than they may be, at no gain in worth.
-        w = min(width, each // h, max(1, HARMLESS_STRETCH * h * width // height))
-        stretch = Fraction(h * width, w * height)
-        stretch = max(stretch, 1 / stretch)
-        worth = h * w / max(Fraction(1), stretch / HARMLESS_STRETCH)
-        choices.append((worth, -stretch, -h, w))
+        # Up to the harmless stretch more columns are worth more; past it, none gains anything.
+        harmless = HARMLESS_STRETCH * h * width // height
+        for w in {min(width, each // h, bound) for bound in (max(1, harmless), harmless + 1)}:
+            stretch = Fraction(h * width, w * height)
+            stretch = max(stretch, 1 / stretch)
+            worth = h * w / max(Fraction(1), stretch / HARMLESS_STRETCH)
+            choices.append((worth, -stretch, -h, w))
     _, _, negative_h, w = max(choices)
     return frames, -negative_h, w

@@ -10,6 +10,9 @@ from tokenreduce.errors import ReductionError
 #: be reduced differently alone and in a batch, and duplicate frames would be told apart by noise.
 TIE_TOLERANCE = 1e-6
 
+#: How many runners-up are looked at for ties, and how many times more tokens make that worth it.
+SPARE, SPARE_FACTOR = 4, 8
+
 
 def _tolerance(scores: Tensor, scale: float | Tensor | None) -> Tensor | float:
     if scale is not None:
@@ -32,7 +35,7 @@ def first_argmax(scores: Tensor, *, scale: float | Tensor | None = None) -> Tens
     """
     best = scores.amax(-1, keepdim=True)
     near = scores >= best - _tolerance(scores, scale)
-    return near.to(torch.uint8).argmax(-1)
+    return near.view(torch.uint8).argmax(-1)
 
 
 def top_k_indices(scores: Tensor, k: int, *, scale: float | Tensor | None = None) -> Tensor:
@@ -54,16 +57,37 @@ def top_k_indices(scores: Tensor, k: int, *, scale: float | Tensor | None = None
     n = scores.shape[-1]
     if k == 0 or k == n:
         return torch.arange(k, device=scores.device).expand(*scores.shape[:-1], k)
-    threshold = scores.topk(k, dim=-1).values[..., -1:]
+    if scores.is_cuda:
+        kept = _kept_mask(scores, k, scores.topk(k, dim=-1).values[..., -1:], scale)
+        # nonzero would wait for the device; a stable sort lists the kept indices first, in order.
+        return (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
+    if SPARE_FACTOR * (k + SPARE) > n:
+        return _from_mask(_kept_mask(scores, k, scores.topk(k, dim=-1).values[..., -1:], scale), k)
+    # Few of many: ties are settled among the best few, unless more tie than those.
+    best = scores.topk(k + SPARE, dim=-1)
+    threshold = best.values[..., k - 1 : k]
+    tolerance = torch.as_tensor(_tolerance(scores, scale)).expand(threshold.shape)
+    candidates = best.indices.sort(-1).values
+    kept = _kept_mask(scores.gather(-1, candidates), k, threshold, tolerance / TIE_TOLERANCE)
+    crowded = best.values[..., -1] >= (threshold - tolerance).squeeze(-1)
+    chosen = candidates.gather(-1, _from_mask(kept, k))
+    if bool(crowded.any()):
+        rows = scores[crowded], k, threshold[crowded], tolerance[crowded] / TIE_TOLERANCE
+        chosen[crowded] = _from_mask(_kept_mask(*rows), k)
+    return chosen
+
+
+def _kept_mask(scores: Tensor, k: int, threshold: Tensor, scale: float | Tensor | None) -> Tensor:
+    """The k-th largest score as ``threshold``: what is above, then ties by index."""
     tolerance = _tolerance(scores, scale)
     surely = scores > threshold + tolerance
     tied = (scores >= threshold - tolerance) & ~surely
-    open_places = k - surely.sum(-1, keepdim=True)
-    kept = surely | (tied & (tied.cumsum(-1) <= open_places))
-    if kept.is_cuda:
-        # nonzero would wait for the device; a stable sort lists the kept indices first, in order.
-        return (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
+    open_places = k - surely.sum(-1, keepdim=True, dtype=torch.int32)
+    return surely | (tied & (tied.cumsum(-1, dtype=torch.int32) <= open_places))
+
+
+def _from_mask(kept: Tensor, k: int) -> Tensor:
     index = kept.nonzero()[:, -1]
     if index.numel() != kept[..., 0].numel() * k:
-        raise ReductionError(f"the scores of shape {tuple(scores.shape)} hold NaN.")
-    return index.reshape(*scores.shape[:-1], k)
+        raise ReductionError(f"the scores of shape {tuple(kept.shape)} hold NaN.")
+    return index.reshape(*kept.shape[:-1], k)

@@ -1,0 +1,262 @@
+"""LFTR: learning-free token reduction.
+
+Idea: in a clip, neighbouring frames mostly repeat each other; within a frame, many patches show the
+same thing and few say much. So merge along time what says the same, group what is left around
+spread representatives, and let the least significant groups go. Features are all it reads: no
+attention, no text, no geometry beyond which frames are neighbours. It runs behind Q-Formers, pixel
+shuffles and packed grids alike.
+
+This is a reconstruction from the paper's abstracts, the only public description. The authors'
+equations, settings and code are not public; they claim up to 16x fewer visual tokens.
+
+Notation: tokens x_i with sizes s_i (source tokens each stands for), unit vectors u_i = x_i / |x_i|
+(all zero vectors share one direction), mean m = sum_i s_i u_i / sum_i s_i. The *difference* of two
+tokens is d_ij = (1 - u_i . u_j) / (1 - |m|^2): 1 for a pair drawn at random, whatever the spread
+of the encoder's features. A token is *redundant* beside another if d_ij <= ``redundant``.
+
+Algorithm, for N tokens and a budget of k:
+    1. time (clips only): link each token to the one at the same place in the frame before, if
+       redundant beside it. Every such link earns time one token of the cut; the most redundant
+       N - k links at most are taken. Runs of links become one token, their size-weighted mean, at
+       the place of the earliest. n tokens remain.
+    2. grouping: pick R = min(n, ceil(``spare`` k)) representatives: first the token most similar
+       to m, then always the one that differs most from its nearest representative. Each redundant
+       token joins the group of its nearest representative; others stay alone.
+    3. space: the significance of a group r of size S_r is S_r^a (d_r)^b h_r, where d_r is the
+       difference of its representative from the whole, (1 - u_r . m) / (1 - |m|^2), and h_r that
+       from its most similar group of no smaller size (of equal sizes, the earlier counts as
+       larger; the largest group has its largest difference from any). The k most significant
+       groups stay, each as the size-weighted mean of its tokens, at its representative's place.
+    More than W = 4096 tokens after step 1 are cut into at most k equal runs of at most W where k
+    allows; steps 2 and 3 treat each run by itself with a share of k in proportion to its length.
+
+Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> ``(B, k, D)``. The
+count is exact for every layout. Protected tokens stand outside.
+
+Cost: time O(N D); grouping one Gram matrix of each run, O(n min(n, W) D) time and O(W^2) memory,
+then R steps of O(n); space O(R n D + R^2). Memory beside the features O(N D). Nothing is N x N for
+large N.
+
+From the abstracts: reduction along time by merging adjacent tokens, along space by dropping less
+significant ones; no training; a budget of up to 16x. Free choices, all ours:
+    - metric: cosine, scaled by the item's own spread, in float32;
+    - matching in time: same place, neighbouring frames, chained; what moves is matched freely, by
+      the representatives of step 2, which see all frames of a run;
+    - split of the budget: time takes what its redundant links earn, space the rest;
+    - representatives: spread ones (farthest first), more than are kept, so that step 3 chooses;
+    - weighting: by size, so that a mean of means is the mean of the source tokens;
+    - significance: the product above; exponents a and b, ``redundant`` and ``spare`` were chosen on
+      one small model with tuning scenes (see the testbed's results);
+    - tokens of a dropped group that repeat no kept one are lost, not averaged into it;
+    - ties go to the lowest index.
+
+Official code: none to compare with.
+
+```bibtex
+@article{zhao2025lftr,
+  title   = {{LFTR}: Learning-Free Token Reduction for Multimodal Large Language Models},
+  author  = {Zhao, Zihui and Li, Yingxin and Li, Yang},
+  journal = {arXiv preprint arXiv:2501.17391},
+  year    = {2025}
+}
+```
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from tokenreduce.budget import Budget
+from tokenreduce.errors import PipelineError
+from tokenreduce.ops import (
+    farthest_first,
+    first_argmax,
+    gather_tokens,
+    group_weights,
+    merge_tokens,
+    top_k_indices,
+    unit_vectors,
+)
+from tokenreduce.reducer import Grouping, Merger
+from tokenreduce.reduction import DROPPED
+from tokenreduce.tokens import Layout, VisualTokens
+
+SIZE_POWER: Final = 1.0
+"""The exponent a of a group's size."""
+WHOLE_POWER: Final = 0.5
+"""The exponent b of a group's difference from the whole."""
+RUN_TOKENS: Final = 4096
+"""W: tokens of the largest Gram matrix, 64 MiB."""
+NOISE: Final = 1e-5
+"""Cosine distances below this are rounding of one and the same vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFTR(Merger):
+    """Merges along time, groups around representatives, drops the least significant groups.
+
+    Args:
+        redundant: largest difference at which a token repeats another, in [0, 1], as a share of
+            the mean difference of two tokens of the item. Lower it where near-duplicates matter
+            (documents, surveillance); 0 merges exact repetitions only.
+        spare: representatives for each kept token, at least 1. With 1 the spread alone decides
+            what stays; more let significance decide among them.
+
+    Raises:
+        PipelineError: if an option is out of range.
+    """
+
+    redundant: float = 0.25
+    spare: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.redundant <= 1:
+            raise PipelineError(f"{self.name}: redundant={self.redundant} must lie in [0, 1].")
+        if not 1 <= self.spare < float("inf"):
+            raise PipelineError(f"{self.name}: spare={self.spare} must be finite and at least 1.")
+
+    def assign(self, tokens: VisualTokens, k: int) -> Grouping:
+        order, linked = _places(tokens.layout)
+        clip = bool(linked.any())
+        # What remains after the temporal step differs between clips, and runs are many anyway.
+        step = 1 if clip else max(1, RUN_TOKENS**2 // tokens.count**2)
+        parts = []
+        for start in range(0, tokens.batch, step):
+            features = tokens.features[start : start + step].detach().float()
+            sizes = tokens.sizes[start : start + step].float()
+            if clip:
+                parts.append(self._clip(features, sizes, order, linked, k))
+            else:
+                parts.append(self._space(features, sizes, k))
+        groups, positions = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Grouping(groups, positions=positions)
+
+    def _clip(
+        self, features: Tensor, sizes: Tensor, order: Tensor, linked: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """All three steps for one clip ``(1, N, D)``; see :func:`_places` for the order."""
+        order, linked = order.to(features.device), linked.to(features.device)
+        unit = _directions(features)
+        _, spread = _whole(unit, sizes)
+        n = order.numel()
+        cosine = torch.full((n,), -torch.inf, device=features.device)
+        before = (unit[0, order[1:]] * unit[0, order[:-1]]).sum(-1)
+        cosine[order[1:]] = before.masked_fill(~linked[1:], -torch.inf)
+        repeats = cosine >= self._least(spread)
+        if int(repeats.sum()) > n - k:
+            most = top_k_indices(cosine[None], n - k, scale=1.0)
+            repeats = torch.zeros_like(repeats).index_fill(0, most[0], True)
+        begins = ~repeats[order]
+        tube = torch.empty_like(order)
+        tube[order] = begins.cumsum(0) - 1
+        heads, rank = order[begins].sort()
+        tube = rank.argsort()[tube][None]
+        count = heads.numel()
+        merged = merge_tokens(features, group_weights(tube, sizes, count), count)
+        weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube, sizes)
+        groups, positions = self._space(merged, weight, k)
+        return groups.gather(1, tube), heads[positions]
+
+    def _space(self, features: Tensor, sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Steps 2 and 3, run by run: groups ``(b, n)`` and positions ``(b, k)``."""
+        unit = _directions(features)
+        mean, spread = _whole(unit, sizes)
+        runs = min(ceil(unit.shape[1] / RUN_TOKENS), k)
+        parts = list(zip(unit.tensor_split(runs, 1), sizes.tensor_split(runs, 1), strict=True))
+        shares = Budget(total=k).shares([part.shape[1] for _, part in parts])
+        groups, positions = [], []
+        start = first = 0
+        for (part, size), share in zip(parts, shares, strict=True):
+            group, position = self._run(part, size, mean, spread, share)
+            groups.append(torch.where(group < 0, group, group + first))
+            positions.append(position + start)
+            start, first = start + part.shape[1], first + share
+        return torch.cat(groups, 1), torch.cat(positions, 1)
+
+    def _run(
+        self, unit: Tensor, sizes: Tensor, mean: Tensor, spread: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Steps 2 and 3 for unit vectors ``(b, n, D)`` of one run."""
+        batch, n, _ = unit.shape
+        whole = (unit @ mean[..., None]).squeeze(2)
+        gram = None
+        if n <= RUN_TOKENS:
+            gram = (unit @ unit.transpose(1, 2)).clamp_(max=1 - NOISE)
+        count = min(n, ceil(self.spare * k))
+        first = first_argmax(whole, scale=1.0)
+        picks = farthest_first(unit, count, first=first, gram=gram).sort(1).values
+        cosine = unit @ gather_tokens(unit, picks).transpose(1, 2)
+        group = self._join(cosine, picks, spread)
+        # Tokens without a group are counted in a spare first column.
+        size = sizes.new_zeros(batch, count + 1).scatter_add(1, group + 1, sizes)[:, 1:]
+
+        between = _distance(gather_tokens(cosine, picks)) / spread[:, None, None]
+        index = torch.arange(count, device=unit.device)
+        larger = size[:, None] > size[..., None]
+        larger |= (size[:, None] == size[..., None]) & (index < index[:, None])
+        apart = between.masked_fill(~larger, torch.inf).amin(2)
+        apart = torch.where(larger.any(2), apart, between.amax(2))
+        unlike = _distance(whole.gather(1, picks)) / spread[:, None]
+        significance = size**SIZE_POWER * unlike**WHOLE_POWER * apart
+        scale = size.amax(1, keepdim=True) ** SIZE_POWER / spread[:, None]
+        kept = top_k_indices(significance, k, scale=scale)
+
+        picks = picks.gather(1, kept)
+        cosine = cosine.gather(2, kept[:, None].expand(-1, n, -1))
+        return self._join(cosine, picks, spread), picks
+
+    def _join(self, cosine: Tensor, picks: Tensor, spread: Tensor) -> Tensor:
+        """Group ``(b, n)`` of each token: its nearest representative, or -1 if not redundant.
+
+        Args:
+            cosine: ``(b, n, r)`` similarity of each token to each representative.
+            picks: ``(b, r)`` the representatives, ascending.
+            spread: ``(b,)`` mean cosine distance of two tokens.
+        """
+        group = first_argmax(cosine, scale=1.0)
+        nearest = cosine.gather(2, group[..., None]).squeeze(2)
+        group = group.masked_fill(nearest < self._least(spread)[:, None], DROPPED)
+        own = torch.arange(picks.shape[1], device=picks.device)
+        return group.scatter(1, picks, own.expand_as(picks))
+
+    def _least(self, spread: Tensor) -> Tensor:
+        """The lowest cosine at which a token is redundant."""
+        return 1 - NOISE - self.redundant * spread
+
+
+def _places(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tokens ordered by place, then frame; and which follow their own place in the frame before.
+
+    Returns:
+        order ``(N,)``, and booleans ``(N,)`` in that order.
+    """
+    block, t, y, x = (column.unique(return_inverse=True)[1] for column in layout.coords.unbind(1))
+    place = (block * len(layout) + y) * len(layout) + x
+    order = t.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    linked = torch.zeros(len(layout), dtype=torch.bool)
+    linked[1:] = (place[order].diff() == 0) & (t[order].diff() == 1)
+    return order, linked
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Unit vectors; zero vectors, which have none, share one."""
+    unit = unit_vectors(features)
+    blank = ~unit.any(-1, keepdim=True)
+    return torch.where(blank, unit.shape[-1] ** -0.5, unit)
+
+
+def _whole(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean direction ``(b, D)``, and mean cosine distance of two tokens ``(b,)``."""
+    share = sizes / sizes.sum(1, keepdim=True)
+    mean = (share[:, None] @ unit).squeeze(1)
+    return mean, (1 - mean.square().sum(-1)).clamp(min=NOISE)
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    """Cosine distance, exactly 0 for repetitions of a vector."""
+    return (1 - NOISE - cosine).clamp(min=0)

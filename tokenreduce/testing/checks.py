@@ -1,0 +1,534 @@
+"""The checks. Each has a name, a one-line meaning, and checks that must pass before it says much.
+
+A check is a function of a :class:`~tokenreduce.testing.subject.Subject`; it returns, or calls
+``fail``. Inputs are small and random, so a run takes a second or two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from tokenreduce.errors import BudgetError, MissingSignal, TokenReduceError, TokensError
+from tokenreduce.packing import PackedTokens, reduce_packed
+from tokenreduce.plugins import installed
+from tokenreduce.reducer import BUDGET_FIELDS, Reducer
+from tokenreduce.reduction import Reduction
+from tokenreduce.testing.subject import (
+    Subject,
+    assignment_problem,
+    equal_reductions,
+    fail,
+    feature_problem,
+    position_problem,
+    shape_problem,
+    tiles,
+    with_markers,
+)
+from tokenreduce.tokens import Layout, VisualTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A named check.
+
+    Attributes:
+        name: what to call it, in expected failures too.
+        meaning: one line.
+        run: the function.
+        after: checks without which this one says nothing.
+        applies: why it does not apply to a subject; empty if it does.
+    """
+
+    name: str
+    meaning: str
+    run: Callable[[Subject], None]
+    after: tuple[str, ...] = ()
+    applies: Callable[[Subject], str] = lambda subject: ""
+
+
+CHECKS: dict[str, Check] = {}
+
+#: What every check of behaviour builds upon.
+CONTRACT = (
+    "signals",
+    "shapes",
+    "budget",
+    "positions",
+    "assignment",
+    "features",
+    "no-mutation",
+)
+
+
+def _check(
+    name: str,
+    *,
+    after: tuple[str, ...] = (),
+    applies: Callable[[Subject], str] = lambda subject: "",
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        meaning = (run.__doc__ or "").strip().partition("\n")[0]
+        CHECKS[name] = Check(name, meaning, run, after, applies)
+        return run
+
+    return add
+
+
+def _not_for_wrappers(subject: Subject) -> str:
+    return "a wrapper's options hold strategies" if subject.record.wraps else ""
+
+
+@_check("record")
+def check_record(subject: Subject) -> None:
+    """The registered name resolves to this class, and record and class agree."""
+    record, reducer = subject.record, subject.create(keep=2)
+    if subject.registered:
+        resolved = installed().strategies.resolve(record.name)
+        if type(reducer) is not resolved:
+            fail(f"creates a {type(reducer).__name__}, the name resolves to {resolved.__name__}")
+        if reducer.name != record.name:
+            fail(
+                f"has the target {record.target!r}, of which the instance believes to be "
+                f"{reducer.name!r}: one class is registered under two names"
+            )
+    vocabulary = installed().signals
+    for name in record.needs:
+        if name not in vocabulary:
+            fail(f"needs the signal {name!r}, which no plugin registered")
+    if record.wraps:
+        return
+    if reducer.adaptive != (record.count == "adaptive"):
+        fail(
+            f"is registered with count={record.count!r}, but its class says "
+            f"adaptive={reducer.adaptive}"
+        )
+
+
+@_check("frozen")
+def check_frozen(subject: Subject) -> None:
+    """An instance is a frozen dataclass: hashable, and equal to its pickled copy."""
+    reducer = subject.create(keep=2)
+    try:
+        # Not by attribute syntax, since a static checker knows that it is frozen.
+        setattr(reducer, BUDGET_FIELDS[0], 2)
+    except dataclasses.FrozenInstanceError:
+        pass
+    else:
+        fail("is not frozen: declare it with @dataclass(frozen=True, kw_only=True)")
+    try:
+        hash(reducer)
+    except TypeError as error:
+        fail(f"is not hashable ({error}): make its fields immutable")
+    try:
+        copy = pickle.loads(pickle.dumps(reducer))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        fail(f"cannot be pickled: {error}")
+    if copy != reducer or hash(copy) != hash(reducer):
+        fail("differs from its pickled copy")
+
+
+@_check("yaml", after=("frozen",), applies=_not_for_wrappers)
+def check_yaml(subject: Subject) -> None:
+    """The options are plain data, and come back from YAML as they were."""
+    reducer = subject.create(keep=2)
+    try:
+        text = OmegaConf.to_yaml(OmegaConf.create(reducer.options()))
+        options = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # noqa: BLE001 (any failure of the library is the finding)
+        fail(f"has options that are not plain data ({type(error).__name__}): {reducer.options()}")
+    if _rebuilt(reducer, options) != reducer:
+        fail(f"differs from its copy by way of YAML: {options}")
+
+
+def _rebuilt(reducer: Reducer, options: Any) -> Reducer:
+    before = reducer.options()
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(before[name], tuple) else value
+        for name, value in options.items()
+    }
+    plain.update({name: getattr(reducer, name) for name in BUDGET_FIELDS})
+    return type(reducer)(**plain)
+
+
+@_check("signals")
+def check_signals(subject: Subject) -> None:
+    """It reads the signals that its record declares, and complains when one is missing."""
+    tokens = subject.image(5, 7)
+    reducer = subject.create(keep=9)
+    try:
+        reducer(tokens)
+    except MissingSignal as error:
+        fail(
+            f"reads a signal that its record does not declare ({', '.join(subject.needs)}): {error}"
+        )
+    except TokenReduceError:
+        # Another check's business.
+        pass
+    for name in subject.needs:
+        others = {key: value for key, value in tokens.signals.items() if key != name}
+        try:
+            reducer(VisualTokens(tokens.features, tokens.layout, signals=others))
+        except MissingSignal:
+            continue
+        fail(f"declares the signal {name!r}, but raised no MissingSignal without it")
+
+
+@_check("shapes", after=("signals",))
+def check_shapes(subject: Subject) -> None:
+    """Outputs have the shapes, types and device of the contract."""
+    for batch in (1, 2):
+        tokens = subject.image(5, 7, batch=batch)
+        # Around the framework's own checks, which would mix up shape and count.
+        problem = shape_problem(subject.create(keep=9).reduce(tokens), tokens)
+        if problem:
+            fail(f"{problem} (keep=9 of 35, batch of {batch})")
+
+
+@_check("budget", after=("shapes",))
+def check_budget(subject: Subject) -> None:
+    """It keeps what the budget says, however stated; less only if its count class allows."""
+    for grid in ((6, 6), (5, 7), (1, 13)):
+        for budget in (
+            {"keep": 1},
+            {"keep": 4},
+            {"keep": grid[0] * grid[1] - 1},
+            {"keep_ratio": 0.3},
+            {"keep_ratio": 0.0001},
+            {"reduction": 2},
+            {"reduction": 3.7},
+        ):
+            tokens = subject.image(*grid)
+            allowed = subject.keep_range(tokens.count, **budget)
+            kept = subject.create(**budget)(tokens).kept
+            if kept not in allowed:
+                wanted = str(allowed[-1]) if len(allowed) == 1 else f"1 to {allowed[-1]}"
+                fail(f"kept {kept} of {tokens.count} tokens with {budget}, expected {wanted}")
+            if subject.record.count == "layout":
+                other = subject.create(**budget)(subject.image(*grid, seed=1)).kept
+                if other != kept:
+                    fail(
+                        f"kept {kept} tokens of one image and {other} of another of the same grid "
+                        f"with {budget}: register it with count='adaptive'"
+                    )
+
+
+@_check("positions", after=("budget",))
+def check_positions(subject: Subject) -> None:
+    """Outputs stand at unique, ascending source positions."""
+    tokens = subject.image(5, 7, batch=2)
+    for keep in (1, 9, 20):
+        problem = position_problem(subject.create(keep=keep)(tokens), tokens.count)
+        if problem:
+            fail(f"{problem} (keep={keep} of 35)")
+
+
+@_check("assignment", after=("positions",))
+def check_assignment(subject: Subject) -> None:
+    """Each source token goes to an output or is dropped; outputs own the tokens they stand at."""
+    tokens = subject.image(5, 7, batch=2)
+    for keep in (1, 9, 20):
+        problem = assignment_problem(subject.create(keep=keep)(tokens))
+        if problem:
+            fail(f"{problem} (keep={keep} of 35)")
+
+
+@_check("features", after=("assignment",))
+def check_features(subject: Subject) -> None:
+    """Output features are what positions and weights make of the source features."""
+    tokens = subject.image(5, 7, batch=2)
+    for keep in (1, 9, 20):
+        problem = feature_problem(subject.create(keep=keep)(tokens), tokens)
+        if problem:
+            fail(f"{problem} (keep={keep} of 35)")
+
+
+@_check("no-mutation", after=("features",))
+def check_no_mutation(subject: Subject) -> None:
+    """Inputs are left as they were."""
+    tokens = subject.image(5, 7, batch=2)
+    inputs: dict[str, Tensor] = {
+        "features": tokens.features,
+        "coords": tokens.layout.coords,
+        **tokens.signals,
+    }
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    subject.create(keep=9)(tokens)
+    for name, tensor in inputs.items():
+        if not torch.equal(tensor, before[name]):
+            fail(f"wrote into its input {name!r}")
+
+
+@_check("kind", after=CONTRACT)
+def check_kind(subject: Subject) -> None:
+    """A strategy registered as pruning returns source tokens bit by bit."""
+    tokens = subject.image(5, 7, batch=2)
+    reduction = subject.create(keep=9)(tokens)
+    gathered = tokens.features[torch.arange(2)[:, None], reduction.positions]
+    if subject.record.kind == "prune" and not torch.equal(reduction.features, gathered):
+        fail("is registered as kind='prune', but changes the tokens that it keeps")
+
+
+@_check("keep-all", after=CONTRACT)
+def check_keep_all(subject: Subject) -> None:
+    """With a budget of all tokens or more, everything stays bit-identical, with a reason."""
+    tokens = subject.image(4, 5)
+    for budget in ({"keep": 20}, {"keep": 400}, {"keep_ratio": 1.0}, {"reduction": 1}):
+        reduction = subject.create(**budget)(tokens)
+        if not torch.equal(reduction.features, tokens.features):
+            fail(f"changed the tokens with {budget} of 20, expected them bit-identical")
+        if not reduction.reason:
+            fail(f"gave no reason for keeping all with {budget} of 20")
+
+
+@_check("determinism", after=CONTRACT)
+def check_determinism(subject: Subject) -> None:
+    """The same input gives the same bits, whatever was called before, and no global randomness."""
+    tokens = subject.image(5, 7)
+    reducer = subject.create(keep=9)
+    before = torch.get_rng_state()
+    try:
+        runs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+            runs.append(reducer(tokens))
+            if not torch.equal(torch.get_rng_state(), state):
+                fail("draws from the global random state: seed from content (ops.content_seed)")
+    finally:
+        torch.set_rng_state(before)
+    runs.append(subject.create(keep=9)(tokens))
+    for run in runs[1:]:
+        problem = equal_reductions(runs[0], run)
+        if problem or not torch.equal(runs[0].features, run.features):
+            fail(f"{problem or 'returned different bits'} for the same input, called again")
+
+
+@_check("batch-invariance", after=(*CONTRACT, "determinism"))
+def check_batch_invariance(subject: Subject) -> None:
+    """An item is reduced alike alone, in a batch, and in another order."""
+    layout = Layout.from_grid((5, 7))
+    batch = subject.tokens(layout, batch=3)
+    reducer = subject.create(keep=9)
+    alone = [reducer(batch.item(i)) for i in range(3)]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        index = torch.tensor(order)
+        mixed = VisualTokens(
+            batch.features[index],
+            layout,
+            signals={name: signal[index] for name, signal in batch.signals.items()},
+        )
+        if subject.record.count == "adaptive":
+            packed = PackedTokens.from_items([mixed.item(i) for i in range(3)])
+            together = reduce_packed(packed, [reducer] * 3)
+        else:
+            whole = reducer(mixed)
+            together = [whole.item(i) for i in range(3)]
+        for place, item in enumerate(order):
+            problem = equal_reductions(alone[item], together[place])
+            if problem:
+                fail(f"{problem} for an item alone and in a batch of 3 (order {order})")
+
+
+@_check("layouts", after=(*CONTRACT, "frozen", "determinism"))
+def check_layouts(subject: Subject) -> None:
+    """Images, clips, rows and tiles are served, apart and packed together."""
+    items = [
+        subject.tokens(layout, seed=seed) for seed, layout in enumerate(subject.layouts().values())
+    ]
+    reducer = subject.create(keep_ratio=0.5)
+    apart = []
+    for name, item in zip(subject.layouts(), items, strict=True):
+        try:
+            apart.append(reducer(item))
+        except TokenReduceError as error:
+            fail(f"refused {name!r}: {error} If it needs a grid, register it with needs_grid=True")
+        problem = subject.problem(apart[-1], item)
+        if not problem and apart[-1].kept not in subject.keep_range(item.count, keep_ratio=0.5):
+            problem = f"kept {apart[-1].kept} of {item.count} tokens with keep_ratio=0.5"
+        if problem:
+            fail(f"{problem} ({name})")
+    packed = PackedTokens.from_items(items)
+    for one, other in zip(apart, reduce_packed(packed, [reducer] * len(items)), strict=True):
+        problem = equal_reductions(one, other)
+        if problem:
+            fail(f"{problem} for an item alone and packed with others")
+
+
+@_check(
+    "grid",
+    after=CONTRACT,
+    applies=lambda subject: "" if subject.record.needs_grid else "it needs no grid",
+)
+def check_grid(subject: Subject) -> None:
+    """A strategy that needs a grid refuses tokens without one with a TokensError."""
+    try:
+        subject.create(keep_ratio=0.5)(subject.tokens(tiles()))
+    except TokensError:
+        return
+    fail("is registered with needs_grid=True, but took tiles without a TokensError")
+
+
+@_check("protected", after=CONTRACT)
+def check_protected(subject: Subject) -> None:
+    """Protected tokens survive bit-identically, outside the budget."""
+    layout = with_markers(Layout.from_grid((4, 6)), (4, 6))
+    tokens = subject.tokens(layout, batch=2)
+    guarded = layout.protected.nonzero().squeeze(1)
+    for keep in (1, 7):
+        reduction = subject.create(keep=keep)(tokens)
+        problem = subject.problem(reduction, tokens)
+        if problem:
+            fail(f"{problem} (with protected tokens)")
+        allowed = subject.keep_range(24, keep=keep)
+        if reduction.kept - len(guarded) not in allowed:
+            fail(
+                f"kept {reduction.kept} tokens with keep={keep} and {len(guarded)} protected "
+                f"ones, expected {allowed[-1] + len(guarded)}"
+            )
+        for b in range(2):
+            output = torch.isin(reduction.positions[b], guarded)
+            if int(output.sum()) != len(guarded):
+                fail("dropped or merged a protected token")
+            if not torch.equal(reduction.features[b, output], tokens.features[b, guarded]):
+                fail("changed a protected token")
+
+
+@_check("dtypes", after=CONTRACT)
+def check_dtypes(subject: Subject) -> None:
+    """float32, bfloat16 and float16 come out as they went in, finite."""
+    source = subject.image(5, 7, batch=2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tokens = VisualTokens(
+            source.features.to(dtype),
+            source.layout,
+            signals={name: signal.to(dtype) for name, signal in source.signals.items()},
+        )
+        try:
+            reduction = subject.create(keep=9)(tokens)
+        except (TokenReduceError, RuntimeError) as error:
+            fail(f"failed on {dtype}: {error}")
+        problem = subject.problem(reduction, tokens)
+        if problem:
+            fail(f"{problem} ({dtype})")
+        if reduction.features.dtype != dtype:
+            fail(f"returned {reduction.features.dtype} for {dtype}")
+        if not bool(reduction.features.isfinite().all()):
+            fail(f"returned NaN or infinity for finite {dtype} features")
+
+
+@_check("gradients", after=CONTRACT)
+def check_gradients(subject: Subject) -> None:
+    """Gradients reach every kept token."""
+    source = subject.image(5, 7, batch=2)
+    features = source.features.clone().requires_grad_()
+    tokens = VisualTokens(features, source.layout, signals=source.signals)
+    reduction = subject.create(keep=9)(tokens)
+    if not reduction.features.requires_grad:
+        fail("cut the gradient: its features do not depend on the source features any more")
+    reduction.features.sum().backward()
+    gradient = features.grad
+    if gradient is None or not bool(gradient.isfinite().all()):
+        fail("passed no finite gradient to the source features")
+    at_kept = gradient.abs().sum(-1).gather(1, reduction.positions)
+    if reduction.synthetic is not None:
+        at_kept = at_kept.masked_fill(reduction.synthetic, 1)
+    if not bool((at_kept > 0).all()):
+        fail("passed no gradient to a kept token")
+
+
+@_check("non-finite", after=CONTRACT)
+def check_non_finite(subject: Subject) -> None:
+    """NaN and infinity in the features raise a TokensError."""
+    for value in (float("nan"), float("inf")):
+        tokens = subject.image(5, 7)
+        tokens.features[0, 3, 2] = value
+        try:
+            subject.create(keep=9)(tokens)
+        except TokensError:
+            continue
+        fail(f"took features that hold {value} without a TokensError")
+
+
+@_check("degenerate", after=CONTRACT)
+def check_degenerate(subject: Subject) -> None:
+    """Equal tokens, zeros, one token, one frame and one row or column are reduced like others."""
+    for fill in (0.0, 1.0):
+        tokens = subject.image(5, 7, batch=2)
+        _reduce_odd(subject, "all tokens equal" if fill else "all zeros", tokens, 9, fill)
+    for name, grid, keep in (
+        ("one frame", (1, 4, 5), 6),
+        ("one row", (1, 9), 4),
+        ("one column", (9, 1), 4),
+        ("two tokens", (1, 2), 1),
+        ("one token a frame, one frame", (1, 1, 1), 1),
+    ):
+        _reduce_odd(subject, name, subject.image(*grid), keep, None)
+
+
+def _reduce_odd(
+    subject: Subject, name: str, tokens: VisualTokens, keep: int, fill: float | None
+) -> None:
+    if fill is not None:
+        tokens = VisualTokens(
+            torch.full_like(tokens.features, fill), tokens.layout, signals=tokens.signals
+        )
+    try:
+        reduction: Reduction = subject.create(keep=keep)(tokens)
+    except (TokenReduceError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        fail(f"failed on {name}: {error}")
+    problem = subject.problem(reduction, tokens)
+    if not problem and not bool(reduction.features.isfinite().all()):
+        problem = "returned NaN or infinity"
+    if not problem and reduction.kept not in subject.keep_range(tokens.count, keep=keep):
+        problem = f"kept {reduction.kept} tokens, its budget says {keep}"
+    if problem:
+        fail(f"{problem} ({name}, keep={keep})")
+
+
+@_check("non-contiguous", after=(*CONTRACT, "determinism"))
+def check_non_contiguous(subject: Subject) -> None:
+    """Tensors that are not contiguous give what their contiguous copies give."""
+    tokens = subject.image(5, 7, batch=2)
+
+    def strided(tensor: Tensor) -> Tensor:
+        spread = torch.stack([tensor, torch.full_like(tensor, 7)], dim=-1)[..., 0]
+        return spread.transpose(0, 1).contiguous().transpose(0, 1) if tensor.ndim > 1 else spread
+
+    views = VisualTokens(
+        strided(tokens.features),
+        tokens.layout,
+        signals={name: strided(signal) for name, signal in tokens.signals.items()},
+    )
+    reducer = subject.create(keep=9)
+    try:
+        problem = equal_reductions(reducer(tokens), reducer(views))
+    except RuntimeError as error:
+        fail(f"failed on tensors that are not contiguous: {error}")
+    if problem:
+        fail(f"{problem} for tensors that are not contiguous")
+
+
+@_check("no-budget", after=CONTRACT)
+def check_no_budget(subject: Subject) -> None:
+    """Without a budget, an adaptive strategy decides by itself; any other raises BudgetError."""
+    if subject.record.wraps:
+        return
+    reducer, tokens = subject.create(), subject.image(5, 7)
+    try:
+        reduction = reducer(tokens)
+    except BudgetError:
+        if subject.record.count == "adaptive":
+            fail("is adaptive, but raised BudgetError without a budget")
+        return
+    if subject.record.count != "adaptive":
+        fail("is not adaptive, but ran without a budget, expected a BudgetError")
+    problem = subject.problem(reduction, tokens)
+    if problem:
+        fail(f"{problem} (without a budget)")
