@@ -28,7 +28,7 @@ class TransformersAdapter:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         decoder, owner = families.find_decoder(model), families.find_owner(model)
         for stage in stages:
-            self._check(model, stage)
+            self._check(model, owner, stage)
         parameter = next(decoder.parameters())
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
@@ -36,20 +36,22 @@ class TransformersAdapter:
             model, stages, family=self.family, decoder=decoder, owner=owner
         )
 
-    def _check(self, model: nn.Module, stage: Stage) -> None:
+    def _check(self, model: nn.Module, owner: Any, stage: Stage) -> None:
         if stage.site not in self.family.sites:
             raise UnsupportedSite(
                 f"stage {stage.reducer.name!r} at the site {stage.site!r}: "
                 f"{type(model).__name__} ({self.family.name} family) is served at: "
                 f"{', '.join(self.family.sites)}."
             )
-        missing = [name for name in stage.reducer.needs if name not in self.family.signals]
+        probe = self.family.probe
+        offered = frozenset[str]() if probe is None else probe.offers(owner)
+        missing = [name for name in stage.reducer.needs if name not in offered]
         if missing:
             raise MissingSignal(
                 f"strategy {stage.reducer.name!r} needs the signal "
                 f"{', '.join(repr(name) for name in missing)}, which cannot be captured from "
                 f"{type(model).__name__} ({self.family.name} family; it gives "
-                f"{', '.join(sorted(self.family.signals)) or 'projected features only'}). "
+                f"{', '.join(sorted(offered)) or 'projected features only'}). "
                 "'tokenreduce list' shows strategies that read features alone, such as lftr and "
                 "divprune."
             )

@@ -19,7 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenreduce.attachment import Attachment, ItemReduction
-from tokenreduce.errors import AttachmentError, StageNotEngaged, UnsupportedModel
+from tokenreduce.errors import (
+    AttachmentError,
+    MissingSignal,
+    StageNotEngaged,
+    UnsupportedModel,
+)
 from tokenreduce.packing import PackedTokens
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import ItemReceipt, Receipt, Stopwatch, notify_observers
@@ -33,6 +38,7 @@ from tokenreduce.stage import (
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.ledger import Ledger, ones
+from tokenreduce_integrations.transformers.probes import Probe
 from tokenreduce_integrations.transformers.sequence import (
     SequencePlan,
     gather_positions,
@@ -54,6 +60,14 @@ def _outside_compilation(function: Function) -> Function:
 
 _ABSENT = object()
 _SEQUENCE_ARGUMENTS = {"inputs_embeds", "input_ids", "attention_mask", "position_ids"}
+
+
+@dataclass(frozen=True)
+class _EncodedItem:
+    """What is known of an encoded item: where its tokens lie, and its signals ``(N, ...)``."""
+
+    layout: Layout
+    signals: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,11 @@ class TransformersAttachment(Attachment):
         self.family = family
         self.decoder = decoder
         self.owner = owner
-        self._layout_of = WeakTensorKeyDictionary()
+        self._needs = tuple(dict.fromkeys(name for s in stages for name in s.reducer.needs))
+        self._probe: Probe | None = None
+        self._encoded_as = WeakTensorKeyDictionary()
         self._latest_layouts: dict[tuple[str, int], Layout] = {}
-        self._layouts: dict[str, list[Layout]] = {}
+        self._encoded: dict[str, list[_EncodedItem]] = {}
         self._masks: dict[str, Tensor] = {}
         self._expects_visual = False
         self._call: _Call | None = None
@@ -130,6 +146,8 @@ class TransformersAttachment(Attachment):
     # -- attaching and detaching -------------------------------------------------------------
 
     def _attach(self) -> None:
+        if self._needs and self.family.probe is not None:
+            self._probe = self.family.probe(self.owner, self._needs)
         self._wrap("get_placeholder_mask", self._watch_placeholders)
         for modality in MODALITIES:
             if hasattr(self.owner, f"get_{modality}_features"):
@@ -166,6 +184,8 @@ class TransformersAttachment(Attachment):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._probe is not None:
+            self._probe.detach()
         buried = []
         for name, (before, wrapped) in self._wrapped.items():
             if vars(self.owner).get(name) is not wrapped:
@@ -211,20 +231,26 @@ class TransformersAttachment(Attachment):
             if find is not None
             else [Layout.line(feature.shape[0]) for feature in features]
         )
-        for feature, layout in zip(features, layouts, strict=True):
-            self._layout_of[feature] = layout
-            self._latest_layouts[modality, len(layout)] = layout
-        self._layouts[modality] = layouts
+        signals: list[dict[str, Tensor]] = [{} for _ in features]
+        if self._probe is not None:
+            signals = self._probe.read(modality, features)
+        items = [_EncodedItem(*item) for item in zip(layouts, signals, strict=True)]
+        for feature, item in zip(features, items, strict=True):
+            self._encoded_as[feature] = item
+            self._latest_layouts[modality, len(item.layout)] = item.layout
+        self._encoded[modality] = items
 
-    def _known_layouts(self, modality: str, features: Sequence[Tensor]) -> list[Layout]:
-        """Layouts of features that were encoded earlier, perhaps repeated since for beams."""
-        layouts = []
+    def _encoded_earlier(self, modality: str, features: Sequence[Tensor]) -> list[_EncodedItem]:
+        """What is known of features that were encoded before, perhaps repeated since for beams."""
+        items = []
         for feature in features:
-            layout = self._layout_of.get(feature)
-            if layout is None:
-                layout = self._latest_layouts.get((modality, feature.shape[0]))
-            layouts.append(Layout.line(feature.shape[0]) if layout is None else layout)
-        return layouts
+            item = self._encoded_as.get(feature)
+            if item is None:
+                length = feature.shape[0]
+                layout = self._latest_layouts.get((modality, length))
+                item = _EncodedItem(Layout.line(length) if layout is None else layout, {})
+            items.append(item)
+        return items
 
     def _watch_placeholders(self, output: Any, arguments: Mapping[str, Any]) -> None:
         """Remember which columns hold visual features, for the modalities that have features."""
@@ -238,17 +264,17 @@ class TransformersAttachment(Attachment):
 
     @_outside_compilation
     def _before_owner(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._masks, self._layouts = {}, {}
+        self._masks, self._encoded = {}, {}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         for modality in MODALITIES:
             pooled = getattr(encoded.get(modality), "pooler_output", None)
             if pooled is not None:
-                self._layouts[modality] = self._known_layouts(modality, list(pooled))
+                self._encoded[modality] = self._encoded_earlier(modality, list(pooled))
         pixels = (
             kwargs.get(name)
             for name in ("pixel_values", "pixel_values_images", "pixel_values_videos")
         )
-        self._expects_visual = bool(self._layouts) or any(value is not None for value in pixels)
+        self._expects_visual = bool(self._encoded) or any(value is not None for value in pixels)
 
     @_outside_compilation
     def _after_owner(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -288,7 +314,8 @@ class TransformersAttachment(Attachment):
 
     def _choose(self, masks: Mapping[str, Tensor], embeds: Tensor) -> _Choice | None:
         """Choose and merge visual tokens; None if all stay, which reads no tensor of the model."""
-        layouts = [layout for modality in masks for layout in self._layouts_of(modality)]
+        encoded = [item for modality in masks for item in self._encoded_items(modality)]
+        layouts = [item.layout for item in encoded]
         per_prompt = any(stage.total is not None for stage in self.stages)
         prompts = [item.prompt for item in self._items(masks)] if per_prompt else [0] * len(layouts)
         if self.enabled:
@@ -303,7 +330,11 @@ class TransformersAttachment(Attachment):
         columns = torch.cat([item.columns for item in items])
         stopwatch = Stopwatch()
         with stopwatch.running(embeds.device):
-            packed = PackedTokens(features=embeds[rows, columns], layouts=tuple(layouts))
+            packed = PackedTokens(
+                features=embeds[rows, columns],
+                layouts=tuple(layouts),
+                signals=self._packed_signals(encoded),
+            )
             outcomes = run_stages(self.stages, packed, [item.prompt for item in items])
         if all(outcome.reduction is None for outcome in outcomes):
             self._note_unchanged(masks, outcomes, embeds.shape[1])
@@ -353,19 +384,29 @@ class TransformersAttachment(Attachment):
             ledger.inside_decoder = True
         return shorter
 
-    def _layouts_of(self, modality: str) -> list[Layout]:
-        if modality not in self._layouts:
+    def _packed_signals(self, encoded: Sequence[_EncodedItem]) -> dict[str, Tensor]:
+        for name in self._needs:
+            if any(name not in item.signals for item in encoded):
+                raise MissingSignal(
+                    f"signal {name!r} of visual features that were not encoded while the pipeline "
+                    "was attached. Encode them after attaching, or use a strategy that reads "
+                    "projected features only."
+                )
+        return {name: torch.cat([item.signals[name] for item in encoded]) for name in self._needs}
+
+    def _encoded_items(self, modality: str) -> list[_EncodedItem]:
+        if modality not in self._encoded:
             raise AttachmentError(
                 f"{modality} features reached {type(self.owner).__name__} that neither its "
                 f"get_{modality}_features nor mm_encoder_outputs gave: pass them through one of "
                 "the two."
             )
-        return self._layouts[modality]
+        return self._encoded[modality]
 
     def _items(
         self,
         masks: Mapping[str, Tensor],
-        known: Mapping[str, list[Layout]] | None = None,
+        known: Mapping[str, list[_EncodedItem]] | None = None,
     ) -> list[_VisualItem]:
         """The visual items of the batch: each modality in reading order.
 
@@ -374,7 +415,8 @@ class TransformersAttachment(Attachment):
         """
         items = []
         for modality, mask in masks.items():
-            layouts = known[modality] if known is not None else self._layouts_of(modality)
+            encoded = known[modality] if known is not None else self._encoded_items(modality)
+            layouts = [item.layout for item in encoded]
             places = mask.nonzero()
             if places.shape[0] != sum(len(layout) for layout in layouts):
                 raise AttachmentError(
@@ -474,11 +516,11 @@ class TransformersAttachment(Attachment):
         self, masks: Mapping[str, Tensor], outcomes: list[ItemOutcome], length: int
     ) -> None:
         def make() -> Receipt:
-            items = self._items(masks, layouts)
+            items = self._items(masks, encoded)
             self._reductions = _reductions(items, outcomes)
             return self._receipt_of(items, outcomes, length, length, Stopwatch())
 
-        layouts = {modality: self._layouts_of(modality) for modality in masks}
+        encoded = {modality: self._encoded_items(modality) for modality in masks}
         self._note(make)
 
     def _note_choice(self, choice: _Choice, sequence_in: int, sequence_out: int) -> None:

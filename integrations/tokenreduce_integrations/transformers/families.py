@@ -12,6 +12,7 @@ from tokenreduce.capabilities import Site
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts
+from tokenreduce_integrations.transformers.probes import PatchTowerProbe, Probe
 
 LayoutFunction = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], list[Layout]]
 
@@ -26,18 +27,19 @@ class Family:
             owns the features, the features ``(N, D)`` of each item, and the arguments of the
             encoding call. A modality without an entry has no known geometry: its tokens are laid
             out as a line.
-        signals: signals that can be captured.
+        probe: what reads signals while the encoder runs; without one, strategies read projected
+            features only.
         sites: sites that can be served.
     """
 
     name: str
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
-    signals: frozenset[str] = frozenset()
+    probe: type[Probe] | None = None
     sites: tuple[Site, ...] = ("projector",)
 
 
 GENERIC = Family(name="generic")
-LLAVA = Family(name="LLaVA", layouts={"image": layouts.square_patches})
+LLAVA = Family(name="LLaVA", layouts={"image": layouts.square_patches}, probe=PatchTowerProbe)
 LLAVA_ONEVISION = Family(
     name="LLaVA-OneVision",
     layouts={"image": layouts.packed_tiles, "video": layouts.pooled_frames},

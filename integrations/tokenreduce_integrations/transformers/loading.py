@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from tokenreduce.backends import find_encoder_pruner, find_quantizer
@@ -15,6 +17,9 @@ from tokenreduce.pipeline import ModelSettings
 from tokenreduce.stage import Stage
 
 TESTBED = "testbed:"
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_LONGEST_REASON = 400
 
 
 def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[nn.Module, Any]:
@@ -48,11 +53,18 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         arguments |= backend.load_arguments(quantizer.options, device=device)
     prune = None if pruner is None else find_encoder_pruner(pruner.backend)
     path = resolve_path(settings.path)
+    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+        raise PipelineError(
+            f"model path {path!r}: no such folder. Give a folder that save_pretrained wrote, a hub "
+            "name such as 'llava-hf/llava-1.5-7b-hf', or 'testbed:b'."
+        )
 
     # Imported here so that a pipeline which cannot work says so at once.
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     with _explained(settings):
+        # The smallest file comes first: without it the others are not worth asking for.
+        AutoConfig.from_pretrained(path)
         processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
         model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
         if "device_map" not in arguments:
@@ -89,12 +101,19 @@ def _explained(settings: ModelSettings) -> Iterator[None]:
         yield
     except TokenReduceError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PipelineError(
-            f"model {settings.path!r} cannot be loaded: {reason.rstrip('.')}. "
+            f"model {settings.path!r} cannot be loaded: {_shortened(reason)}. "
             f"{_remedy(settings, error)}"
         ) from error
+
+
+def _shortened(reason: str) -> str:
+    """Some messages go on to list every model class that exists."""
+    if len(reason) <= _LONGEST_REASON:
+        return reason.rstrip(".")
+    return f"{reason[:_LONGEST_REASON].rpartition(' ')[0]} ..."
 
 
 def _remedy(settings: ModelSettings, error: Exception) -> str:
@@ -111,6 +130,8 @@ def _remedy(settings: ModelSettings, error: Exception) -> str:
             "Give a folder that save_pretrained wrote, or the hub name of a model that this "
             "machine can download or has downloaded."
         )
+    if isinstance(error, SafetensorError):
+        return "The file is damaged or was not copied in full: fetch it again."
     if isinstance(error, RuntimeError):
         return f"Check that the device {settings.device!r} exists and has the memory."
     return "Give a multimodal model that transformers can load without code of its own."

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import tokenreduce as tr
-from support import reference
+from support import needy, reference
 from support.reducers import EveryOther, KeepsAll, UnevenRandom
 from support.tiny_models import BOS, CASES, IMAGE, PAD, VIDEO, Case, llava, words
 from tokenreduce.errors import (
@@ -435,9 +435,7 @@ def test_stages_that_cannot_run_are_refused_before_anything_is_touched() -> None
 
 
 def test_a_signal_that_the_model_cannot_give_is_refused() -> None:
-    from support import needy
-
-    case = llava()
+    case = CASES["qwen2.5-vl"]()
     status = installed().load("needy", needy)
     assert status.state == "loaded", status.error
     try:
