@@ -42,12 +42,14 @@ class ReducedPrompt:
     embeds: Tensor
     positions: Tensor
     columns: Tensor
+    deepstack: dict[str, Any]
 
 
 def reduced_prompts(case: Case, reducer: tr.Reducer) -> list[ReducedPrompt]:
     """Apply the reducer to each item of each prompt by hand."""
     prefill = captured_prefill(case)
     embeds, ids = prefill["inputs_embeds"], case.inputs["input_ids"]
+    layers = deepstack_layers(prefill)
     real = case.inputs["attention_mask"].bool()
     batch, length = ids.shape
     positions = prefill.get("position_ids")
@@ -57,6 +59,8 @@ def reduced_prompts(case: Case, reducer: tr.Reducer) -> list[ReducedPrompt]:
     prompts = []
     for prompt in range(batch):
         row = embeds[prompt].clone()
+        stacked = [layer[prompt].clone() for layer in layers]
+        visual = torch.zeros(length, dtype=torch.bool)
         keep = real[prompt].clone()
         for token in {item.token for item in case.items}:
             places = ((ids[prompt] == token) & real[prompt]).nonzero().squeeze(1)
@@ -79,29 +83,68 @@ def reduced_prompts(case: Case, reducer: tr.Reducer) -> list[ReducedPrompt]:
                 keep[columns] = False
                 keep[kept] = True
                 row[kept] = result.features[0]
+                visual[kept] = True
+                for layer in stacked:
+                    layer[kept] = result.apply(layer[columns][None])[0]
         columns = keep.nonzero().squeeze(1)
+        deepstack: dict[str, Any] = {}
+        if stacked:
+            deepstack["visual_pos_masks"] = visual[columns][None]
+            deepstack["deepstack_visual_embeds"] = [
+                layer[columns][visual[columns]] for layer in stacked
+            ]
         prompts.append(
-            ReducedPrompt(row[columns][None], positions[..., prompt : prompt + 1, columns], columns)
+            ReducedPrompt(
+                row[columns][None],
+                positions[..., prompt : prompt + 1, columns],
+                columns,
+                deepstack,
+            )
         )
     return prompts
+
+
+def deepstack_layers(prefill: dict[str, Any]) -> list[Tensor]:
+    """DeepStack features as ``(B, S, D)``, zero where a column is text."""
+    mask = prefill.get("visual_pos_masks")
+    if mask is None:
+        return []
+    layers = []
+    for rows in prefill["deepstack_visual_embeds"]:
+        layer = torch.zeros(*mask.shape, rows.shape[-1])
+        layer[mask] = rows
+        layers.append(layer)
+    return layers
+
+
+def hidden_states(case: Case, prompt: ReducedPrompt, embeds: Tensor, positions: Tensor) -> Tensor:
+    """The decoder's output over a whole sequence, without a cache."""
+    extra = dict(prompt.deepstack)
+    if extra:
+        text = torch.zeros(1, embeds.shape[1] - prompt.embeds.shape[1], dtype=torch.bool)
+        extra["visual_pos_masks"] = torch.cat([extra["visual_pos_masks"], text], 1)
+    with torch.no_grad():
+        out = text_decoder(case.model)(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            use_cache=False,
+            **extra,
+        )
+    return out.last_hidden_state
 
 
 @torch.no_grad()
 def greedy(case: Case, reducer: tr.Reducer, steps: int) -> tuple[Tensor, Tensor]:
     """Ids ``(B, steps)`` and logits ``(steps, B, V)`` of greedy decoding, recomputed each step."""
-    decoder, head = text_decoder(case.model), case.model.get_output_embeddings()
+    head = case.model.get_output_embeddings()
     embed = case.model.get_input_embeddings()
     ids, logits = [], []
     for prompt in reduced_prompts(case, reducer):
         embeds, positions = prompt.embeds, prompt.positions
         row_ids, row_logits = [], []
         for _ in range(steps):
-            hidden = decoder(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                use_cache=False,
-            ).last_hidden_state
+            hidden = hidden_states(case, prompt, embeds, positions)
             step = head(hidden[:, -1])
             token = step.argmax(-1)
             row_ids.append(int(token))

@@ -198,6 +198,119 @@ def onevision(side: str = "left") -> Case:
 
 
 @functools.cache
+def _llava_next() -> Any:
+    config = transformers.LlavaNextConfig(
+        vision_config=CLIP,
+        text_config={"model_type": "mistral", "sliding_window": None, "head_dim": 16, **TEXT},
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )
+    return lively(transformers.LlavaNextForConditionalGeneration(config))
+
+
+def llava_next(side: str = "left") -> Case:
+    """Two tiled images of different size."""
+    inputs = pad(
+        [
+            [BOS, *words(3, 1), *[IMAGE] * 88, *words(6, 2)],
+            [BOS, *words(2, 3), *[IMAGE] * 52, *words(2, 4)],
+        ],
+        side,
+    )
+    inputs["pixel_values"] = noise(2, 5, 3, 56, 56)
+    inputs["image_sizes"] = torch.tensor([[112, 112], [50, 100]])
+    return Case(copy.deepcopy(_llava_next()), inputs, onevision().items[:2])
+
+
+@functools.cache
+def _internvl() -> Any:
+    config = transformers.InternVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+        },
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return lively(transformers.InternVLForConditionalGeneration(config))
+
+
+def internvl(side: str = "left") -> Case:
+    """Three tiles in the first prompt, two in the second."""
+    inputs = pad(
+        [
+            [BOS, *words(3, 1), *[IMAGE] * 12, *words(6, 2)],
+            [BOS, *words(2, 3), *[IMAGE] * 8, *words(2, 4)],
+        ],
+        side,
+    )
+    inputs["pixel_values"] = noise(5, 3, 56, 56)
+    items = tuple(Item(prompt, IMAGE, grid(1, 2, 2)) for prompt in (0, 0, 0, 1, 1))
+    return Case(copy.deepcopy(_internvl()), inputs, items)
+
+
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": 9,
+    "vision_end_token_id": 10,
+    "tie_word_embeddings": False,
+}
+
+
+@functools.cache
+def _qwen2_vl() -> Any:
+    config = transformers.Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        text_config={"rope_parameters": ROPE, **TEXT},
+        **QWEN_TOKENS,
+    )
+    return lively(transformers.Qwen2VLForConditionalGeneration(config))
+
+
+@functools.cache
+def _qwen3_vl() -> Any:
+    config = transformers.Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config={
+            "head_dim": 16,
+            "rope_parameters": {"mrope_interleaved": True, **ROPE},
+            **TEXT,
+        },
+        **QWEN_TOKENS,
+    )
+    return lively(transformers.Qwen3VLForConditionalGeneration(config))
+
+
+@functools.cache
 def _qwen2_5_vl() -> Any:
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
@@ -212,27 +325,15 @@ def _qwen2_5_vl() -> Any:
             "window_size": 56,
             "fullatt_block_indexes": [1],
         },
-        text_config={
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 3, 3],
-                "rope_theta": 10000.0,
-            },
-            **TEXT,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=9,
-        vision_end_token_id=10,
-        tie_word_embeddings=False,
+        text_config={"rope_parameters": ROPE, **TEXT},
+        **QWEN_TOKENS,
     )
     return lively(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
-def qwen2_5_vl(side: str = "left") -> Case:
-    """Two images of different grids, and a clip in the first prompt."""
+def qwen(model: Any, side: str, *, patch: int, clip: list[int]) -> Case:
+    """Two images of different grids, and a clip of three frames in the first prompt."""
     image = [9, *[IMAGE] * 6, 10]
-    clip = [9, *[VIDEO] * 12, 10]
     inputs: dict[str, Any] = pad(
         [
             [BOS, *words(3, 1), *image, *words(4, 2), *clip, *words(4, 5)],
@@ -244,8 +345,7 @@ def qwen2_5_vl(side: str = "left") -> Case:
     inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     inputs["image_grid_thw"] = torch.tensor([[1, 4, 6], [1, 8, 4]])
     inputs["video_grid_thw"] = torch.tensor([[3, 4, 4]])
-    inputs["second_per_grid_ts"] = torch.tensor([1.0])
-    channels = 3 * 2 * 14 * 14
+    channels = 3 * 2 * patch * patch
     inputs["pixel_values"] = noise(4 * 6 + 8 * 4, channels)
     inputs["pixel_values_videos"] = noise(3 * 4 * 4, channels, seed=2)
     items = (
@@ -253,12 +353,32 @@ def qwen2_5_vl(side: str = "left") -> Case:
         Item(1, IMAGE, grid(1, 4, 2)),
         Item(0, VIDEO, grid(3, 2, 2)),
     )
-    return Case(copy.deepcopy(_qwen2_5_vl()), inputs, items)
+    return Case(copy.deepcopy(model), inputs, items)
+
+
+def qwen2_vl(side: str = "left") -> Case:
+    return qwen(_qwen2_vl(), side, patch=14, clip=[9, *[VIDEO] * 12, 10])
+
+
+def qwen2_5_vl(side: str = "left") -> Case:
+    case = qwen(_qwen2_5_vl(), side, patch=14, clip=[9, *[VIDEO] * 12, 10])
+    case.inputs["second_per_grid_ts"] = torch.tensor([1.0])
+    return case
+
+
+def qwen3_vl(side: str = "left") -> Case:
+    """A timestamp stands before each frame of the clip."""
+    clip = [token for i in range(3) for token in [*words(2, 50 + i), 9, *[VIDEO] * 4, 10]]
+    return qwen(_qwen3_vl(), side, patch=16, clip=clip)
 
 
 CASES: dict[str, Callable[..., Case]] = {
     "llava": llava,
     "llava-several-images": llava_several_images,
+    "llava-next": llava_next,
     "onevision": onevision,
+    "internvl": internvl,
+    "qwen2-vl": qwen2_vl,
     "qwen2.5-vl": qwen2_5_vl,
+    "qwen3-vl": qwen3_vl,
 }

@@ -28,6 +28,30 @@ def register_model_adapters(register: Register) -> None:
             "LLaVA-OneVision, images and video",
         ),
         (
+            "llava-next",
+            "LlavaNextAdapter",
+            f"{models}.llava_next.modeling_llava_next.LlavaNextPreTrainedModel",
+            "LLaVA-NeXT, tiled images",
+        ),
+        (
+            "qwen2-vl",
+            "Qwen2VLAdapter",
+            f"{models}.qwen2_vl.modeling_qwen2_vl.Qwen2VLPreTrainedModel",
+            "Qwen2-VL, images and video",
+        ),
+        (
+            "qwen3-vl",
+            "Qwen3VLAdapter",
+            f"{models}.qwen3_vl.modeling_qwen3_vl.Qwen3VLPreTrainedModel",
+            "Qwen3-VL with DeepStack, images and video",
+        ),
+        (
+            "internvl",
+            "InternVLAdapter",
+            f"{models}.internvl.modeling_internvl.InternVLPreTrainedModel",
+            "InternVL, tiles",
+        ),
+        (
             "qwen2.5-vl",
             "Qwen2_5VLAdapter",
             f"{models}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLPreTrainedModel",

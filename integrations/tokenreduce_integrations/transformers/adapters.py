@@ -69,6 +69,30 @@ class LlavaOnevisionAdapter(TransformersAdapter):
     family = families.LLAVA_ONEVISION
 
 
+class LlavaNextAdapter(TransformersAdapter):
+    """LLaVA-NeXT: tiled images."""
+
+    family = families.LLAVA_NEXT
+
+
+class Qwen2VLAdapter(TransformersAdapter):
+    """Qwen2-VL: native-resolution images and clips."""
+
+    family = families.QWEN2_VL
+
+
+class Qwen3VLAdapter(TransformersAdapter):
+    """Qwen3-VL: native-resolution images and clips, with DeepStack."""
+
+    family = families.QWEN3_VL
+
+
+class InternVLAdapter(TransformersAdapter):
+    """InternVL: pixel-shuffled tiles, each an item of its own."""
+
+    family = families.INTERNVL
+
+
 class Qwen2_5VLAdapter(TransformersAdapter):  # noqa: N801 (the model's own name)
     """Qwen2.5-VL: native-resolution images and clips."""
 

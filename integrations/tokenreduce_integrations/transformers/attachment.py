@@ -40,6 +40,7 @@ from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.ledger import Ledger, ones
 from tokenreduce_integrations.transformers.probes import Probe
 from tokenreduce_integrations.transformers.sequence import (
+    ReducedItem,
     SequencePlan,
     gather_positions,
     plan_sequence,
@@ -137,6 +138,7 @@ class TransformersAttachment(Attachment):
         self._encoded: dict[str, list[_EncodedItem]] = {}
         self._masks: dict[str, Tensor] = {}
         self._expects_visual = False
+        self._watching = False
         self._call: _Call | None = None
         self._make_receipt: Callable[[], Receipt] | None = None
         self._wrapped: dict[str, tuple[object, object]] = {}
@@ -167,7 +169,14 @@ class TransformersAttachment(Attachment):
         # generate() chooses the arguments of an encoding call by the signature, so it is kept.
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
+            if self._watching:
+                # Some models encode video by way of their own image method.
+                return original(*args, **kwargs)
+            self._watching = True
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self._watching = False
             watch(result, signature.bind(*args, **kwargs).arguments)
             return result
 
@@ -366,9 +375,11 @@ class TransformersAttachment(Attachment):
         shorter = dict(kwargs)
         plan = None
         if choice is not None:
-            self._check_arguments(kwargs, cache, batch, length)
             with choice.stopwatch.running(embeds.device):
                 plan, shorter["inputs_embeds"] = _gather_outputs(embeds, tokens, choice)
+            further = self._further_arguments(kwargs, plan, choice)
+            self._check_arguments(kwargs, further, cache, batch, length)
+            shorter.update(further)
             full = bool(plan.valid.all()) and bool(past_valid.all())
             self._note_choice(choice, length, plan.columns.shape[1])
         shorter["position_ids"] = self._positions(
@@ -457,12 +468,28 @@ class TransformersAttachment(Attachment):
             position_ids[0] = text_row_positions(plan.valid, past_valid)
         return position_ids
 
+    def _further_arguments(
+        self, kwargs: Mapping[str, Any], plan: SequencePlan, choice: _Choice
+    ) -> dict[str, Any]:
+        if self.family.shorten is None:
+            return {}
+        items = [
+            ReducedItem(item.prompt, item.columns, outcome.reduction)
+            for item, outcome in zip(choice.items, choice.outcomes, strict=True)
+        ]
+        return self.family.shorten(kwargs, plan, items)
+
     def _check_arguments(
-        self, kwargs: Mapping[str, Any], cache: Any, batch: int, length: int
+        self,
+        kwargs: Mapping[str, Any],
+        shortened: Mapping[str, Any],
+        cache: Any,
+        batch: int,
+        length: int,
     ) -> None:
         """Refuse what would be shorter than the sequence says, rather than compute nonsense."""
         for name, value in kwargs.items():
-            if name in _SEQUENCE_ARGUMENTS or not isinstance(value, Tensor):
+            if name in _SEQUENCE_ARGUMENTS or name in shortened or not isinstance(value, Tensor):
                 continue
             if value.ndim >= 2 and tuple(value.shape[:2]) == (batch, length):
                 raise UnsupportedModel(

@@ -12,8 +12,13 @@ from tokenreduce.capabilities import Site
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts
+from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
 from tokenreduce_integrations.transformers.probes import PatchTowerProbe, Probe
+from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
 
+ArgumentShortener = Callable[
+    [Mapping[str, Any], SequencePlan, Sequence[ReducedItem]], dict[str, Any]
+]
 LayoutFunction = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], list[Layout]]
 
 
@@ -29,27 +34,33 @@ class Family:
             out as a line.
         probe: what reads signals while the encoder runs; without one, strategies read projected
             features only.
+        shorten: what shortens the further per-token arguments that this family's decoder reads.
         sites: sites that can be served.
     """
 
     name: str
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
     probe: type[Probe] | None = None
+    shorten: ArgumentShortener | None = None
     sites: tuple[Site, ...] = ("projector",)
 
 
 GENERIC = Family(name="generic")
 LLAVA = Family(name="LLaVA", layouts={"image": layouts.square_patches}, probe=PatchTowerProbe)
+LLAVA_NEXT = Family(name="LLaVA-NeXT", layouts={"image": layouts.packed_tiles})
 LLAVA_ONEVISION = Family(
     name="LLaVA-OneVision",
     layouts={"image": layouts.packed_tiles, "video": layouts.pooled_frames},
 )
-QWEN2_5_VL = Family(
-    name="Qwen2.5-VL",
-    layouts={
-        "image": layouts.merged_patches("image"),
-        "video": layouts.merged_patches("video"),
-    },
+_QWEN_LAYOUTS = {
+    "image": layouts.merged_patches("image"),
+    "video": layouts.merged_patches("video"),
+}
+QWEN2_VL = Family(name="Qwen2-VL", layouts=_QWEN_LAYOUTS)
+QWEN2_5_VL = Family(name="Qwen2.5-VL", layouts=_QWEN_LAYOUTS)
+QWEN3_VL = Family(name="Qwen3-VL", layouts=_QWEN_LAYOUTS, shorten=shorten_deepstack)
+INTERNVL = Family(
+    name="InternVL", layouts={"image": layouts.square_tiles, "video": layouts.square_tiles}
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +47,8 @@ def square_patches(
 def packed_tiles(
     owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> list[Layout]:
-    """A thumbnail (block 0) and the unpadded mosaic of tiles (block 1) with newlines at line ends.
+    """A thumbnail (block 0) and the unpadded mosaic of tiles (block 1) with newlines at line ends
+    (LLaVA-NeXT, LLaVA-OneVision).
 
     The model's own packing is asked where each line ends, with a marker for the newline; newlines
     are protected.
@@ -53,13 +56,15 @@ def packed_tiles(
     config = owner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
     sizes = arguments["image_sizes"]
-    aspect = arguments.get("vision_aspect_ratio") or getattr(
-        config, "vision_aspect_ratio", "anyres_max_9"
-    )
+    settings = {
+        name: arguments.get(name) or getattr(config, name, None)
+        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
+        if name in inspect.signature(owner.pack_image_features).parameters
+    }
     layouts = []
     for index, feature in enumerate(features):
         count = feature.shape[0]
-        newline = _newlines(owner, sizes[index : index + 1], side, aspect, count)
+        newline = _newlines(owner, sizes[index : index + 1], side, count, settings)
         layouts.append(
             Layout.line(count) if newline is None else _mosaic_layout(side, newline, count)
         )
@@ -82,8 +87,19 @@ def pooled_frames(
     return layouts
 
 
+def square_tiles(
+    owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> list[Layout]:
+    """Square tiles, each an item of its own: nothing says which belong together (InternVL)."""
+    sides = (math.isqrt(feature.shape[0]) for feature in features)
+    return [
+        grid_layout((side, side), feature.shape[0])
+        for side, feature in zip(sides, features, strict=True)
+    ]
+
+
 def merged_patches(modality: str) -> Any:
-    """Patches merged two by two, with the grid given beside the pixels (Qwen2.5-VL)."""
+    """Patches merged two by two, with the grid given beside the pixels (Qwen-VL)."""
 
     def layouts(
         owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
@@ -110,7 +126,9 @@ def _with_newline(clip: Layout) -> Layout:
     return Layout(torch.cat([clip.coords, end]), guarded)
 
 
-def _newlines(owner: Any, size: Any, side: int, aspect: Any, count: int) -> Tensor | None:
+def _newlines(
+    owner: Any, size: Any, side: int, count: int, settings: Mapping[str, Any]
+) -> Tensor | None:
     """``(count,)`` which tokens of a packed image are newlines; None if packing says otherwise."""
     from transformers.models.llava_onevision.modeling_llava_onevision import (
         image_size_to_num_patches,
@@ -126,7 +144,7 @@ def _newlines(owner: Any, size: Any, side: int, aspect: Any, count: int) -> Tens
             [torch.zeros(blocks, side * side, 1)],
             size,
             image_newline=torch.ones(1),
-            vision_aspect_ratio=aspect,
+            **settings,
         )[0][0]
         if packed.shape[0] == count:
             newline: Tensor = packed[:, 0] > 0.5

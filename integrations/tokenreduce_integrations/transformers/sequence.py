@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenreduce.reduction import Reduction
+
 
 class SequencePlan(NamedTuple):
     """A shorter padded sequence, made of columns of a longer one.
@@ -18,6 +20,20 @@ class SequencePlan(NamedTuple):
 
     columns: Tensor
     valid: Tensor
+
+
+class ReducedItem(NamedTuple):
+    """A visual item and what became of it.
+
+    Attributes:
+        prompt: its row in the batch.
+        columns: ``(N,)`` columns of its tokens in the given sequence.
+        reduction: a batch of one; None where every token stayed.
+    """
+
+    prompt: int
+    columns: Tensor
+    reduction: Reduction | None
 
 
 def plan_sequence(keep: Tensor, *, pad_right: bool) -> SequencePlan:

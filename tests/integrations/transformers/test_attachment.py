@@ -101,16 +101,10 @@ def test_forward_logits_and_loss_are_those_of_the_shorter_sequence(name: str, si
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         out = case.model(**batch, labels=labels)
     assert out.logits.shape[:2] == ids.shape
-    decoder, head = reference.text_decoder(case.model), case.model.get_output_embeddings()
+    head = case.model.get_output_embeddings()
     losses = []
     for row, prompt in enumerate(prompts):
-        with torch.no_grad():
-            hidden = decoder(
-                inputs_embeds=prompt.embeds,
-                position_ids=prompt.positions,
-                attention_mask=torch.ones(prompt.embeds.shape[:2], dtype=torch.long),
-                use_cache=False,
-            ).last_hidden_state
+        hidden = reference.hidden_states(case, prompt, prompt.embeds, prompt.positions)
         expected = head(hidden)[0]
         assert (out.logits[row, prompt.columns] - expected).abs().max() < 1e-5
         target = labels[row, prompt.columns][1:]
@@ -122,7 +116,10 @@ def test_forward_logits_and_loss_are_those_of_the_shorter_sequence(name: str, si
     assert torch.allclose(out.loss, torch.cat(losses).mean(), atol=1e-5)
 
 
-def test_beams_equal_those_over_the_shorter_embeddings(case: Case) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen3-vl"])
+def test_beams_equal_those_over_the_shorter_embeddings(name: str) -> None:
+    # DeepStack features cannot be passed to generate, so there is nothing to compare Qwen3-VL with.
+    case = CASES[name]()
     reducer = UnevenRandom()
     prompts = reference.reduced_prompts(case, reducer)
 

@@ -1,0 +1,55 @@
+"""DeepStack: features of several encoder layers, added in the first layers of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
+
+
+def shorten_deepstack(
+    kwargs: Mapping[str, Any], plan: SequencePlan, items: Sequence[ReducedItem]
+) -> dict[str, Any]:
+    """Reduce DeepStack features as the tokens that they belong to.
+
+    Args:
+        kwargs: arguments of the decoder; ``visual_pos_masks`` ``(B, S)`` marks visual columns, and
+            each of ``deepstack_visual_embeds`` is ``(V, D)``, a row for each of them in reading
+            order.
+        plan: the shorter sequence.
+        items: what became of each visual item.
+
+    Returns:
+        both arguments for the shorter sequence.
+    """
+    mask: Tensor | None = kwargs.get("visual_pos_masks")
+    if mask is None:
+        return {}
+    row_of = torch.full(mask.shape, -1, dtype=torch.long, device=mask.device)
+    row_of[mask] = torch.arange(int(mask.sum()), device=mask.device)
+    embeds = [_merge(layer, row_of, items) for layer in kwargs["deepstack_visual_embeds"]]
+    rows = row_of.gather(1, plan.columns).masked_fill(~plan.valid, -1)
+    kept = rows[rows >= 0]
+    return {
+        "visual_pos_masks": rows >= 0,
+        "deepstack_visual_embeds": [layer[kept.to(layer.device)] for layer in embeds],
+    }
+
+
+def _merge(layer: Tensor, row_of: Tensor, items: Sequence[ReducedItem]) -> Tensor:
+    """Write merged features at the rows of the tokens that they stand at."""
+    merged = [i for i in items if i.reduction is not None and i.reduction.weights is not None]
+    if not merged:
+        return layer
+    layer = layer.clone()
+    source = layer.clone()
+    for item in merged:
+        if item.reduction is None:
+            continue
+        rows = row_of[item.prompt, item.columns].to(layer.device)
+        layer[rows[item.reduction.positions[0]]] = item.reduction.apply(source[rows][None])[0]
+    return layer
