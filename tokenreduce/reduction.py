@@ -108,6 +108,11 @@ class Reduction:
         return self.positions.shape[1]
 
     @property
+    def gathers(self) -> bool:
+        """Whether every output is the source token at its position, untouched."""
+        return self.weights is None and self.synthetic is None
+
+    @property
     def source_count(self) -> int:
         """Number of source tokens of each item, N."""
         return self.assignment.shape[1]

@@ -189,4 +189,4 @@ def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> Stag
 
 
 def _changes_anything(reduction: Reduction) -> bool:
-    return reduction.kept < reduction.source_count or reduction.weights is not None
+    return reduction.kept < reduction.source_count or not reduction.gathers

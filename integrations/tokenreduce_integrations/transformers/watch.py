@@ -1,0 +1,307 @@
+"""Watching a model encode visual items and place their features in the sequence.
+
+Three methods are wrapped on the instance that owns the visual features, never on its class: the
+two that encode, which say where the tokens of each item lie, and ``get_placeholder_mask``, which
+says in which columns of the sequence features stand. It fires only where there are features, so a
+placeholder token that the model happens to generate is never taken for an image.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tokenreduce.errors import (
+    AttachmentError,
+    MissingSignal,
+    StageNotEngaged,
+    UnsupportedModel,
+)
+from tokenreduce.tokens import Layout
+from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.probes import Probe
+
+MODALITIES = ("image", "video")
+_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+_ABSENT = object()
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_compilation(function: Function) -> Function:
+    """Keep a hook out of compiled graphs: traced, it would be recompiled for every new length."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """What is known of an encoded item: where its tokens lie, and its signals ``(N, ...)``."""
+
+    layout: Layout
+    signals: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PlacedItem:
+    """A visual item in a batch of prompts.
+
+    ``columns`` ``(N,)`` are the places of its tokens in its prompt's row of the sequence.
+    """
+
+    prompt: int
+    modality: str
+    columns: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    """The visual items of one call of the model.
+
+    Attributes:
+        masks: ``(B, S)`` for each modality, the columns that hold its features.
+        encoded: the items of each modality, in reading order.
+    """
+
+    masks: Mapping[str, Tensor]
+    encoded: Mapping[str, Sequence[EncodedItem]]
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layout of each item, in the order of :attr:`items`."""
+        return tuple(item.layout for modality in self.masks for item in self.encoded[modality])
+
+    @cached_property
+    def items(self) -> tuple[PlacedItem, ...]:
+        """The items of each modality in reading order; reading them waits for the device.
+
+        Raises:
+            AttachmentError: if the placeholders do not hold whole items.
+        """
+        return tuple(
+            item
+            for modality, mask in self.masks.items()
+            for item in _place(modality, mask, self.encoded[modality])
+        )
+
+    @property
+    def prompts(self) -> list[int]:
+        """The row of each item."""
+        return [item.prompt for item in self.items]
+
+    def signals(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Signals of all items end to end.
+
+        Raises:
+            MissingSignal: if an item was not encoded while the pipeline was attached.
+        """
+        items = [item for modality in self.masks for item in self.encoded[modality]]
+        for name in names:
+            if any(name not in item.signals for item in items):
+                raise MissingSignal(
+                    f"signal {name!r} of visual features that were not encoded while the pipeline "
+                    "was attached. Encode them after attaching, or use a strategy that reads "
+                    "projected features only."
+                )
+        return {name: torch.cat([item.signals[name] for item in items]) for name in names}
+
+
+class VisualWatch:
+    """Wraps the owner's methods while attached.
+
+    Args:
+        owner: the module that encodes visual items and merges their features into the sequence.
+        family: what is particular about the model.
+        signals: names of the signals to capture.
+    """
+
+    def __init__(self, owner: Any, family: Family, signals: Sequence[str]) -> None:
+        self.owner = owner
+        self.family = family
+        self._encoded_as = WeakTensorKeyDictionary()
+        self._latest_layouts: dict[tuple[str, int], Layout] = {}
+        self._encoded: dict[str, list[EncodedItem]] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._expected = False
+        self._inside_wrapper = False
+        self._wrapped: dict[str, tuple[object, object]] = {}
+        self._probe: Probe | None = None
+        if signals and family.probe is not None:
+            self._probe = family.probe(owner, signals)
+        self._wrap("get_placeholder_mask", self._see_placeholders)
+        for modality in MODALITIES:
+            if hasattr(owner, f"get_{modality}_features"):
+                see = functools.partial(self._see_features, modality)
+                self._wrap(f"get_{modality}_features", see)
+        self._handles: list[RemovableHandle] = [
+            owner.register_forward_pre_hook(self._before_owner, with_kwargs=True),
+            owner.register_forward_hook(self._after_owner),
+        ]
+
+    def take(self) -> VisualInput | None:
+        """The visual items of the call under way, once; None for a call without any.
+
+        Raises:
+            AttachmentError: if features reached the sequence that were never seen being encoded.
+        """
+        masks, self._masks = self._masks, {}
+        if not masks:
+            return None
+        self._expected = False
+        for modality in masks:
+            if modality not in self._encoded:
+                raise AttachmentError(
+                    f"{modality} features reached {type(self.owner).__name__} that neither its "
+                    f"get_{modality}_features nor mm_encoder_outputs gave: pass them through one "
+                    "of the two."
+                )
+        return VisualInput(masks, {modality: self._encoded[modality] for modality in masks})
+
+    def detach(self) -> None:
+        """Remove hooks and wrappers; detaching twice does nothing.
+
+        Raises:
+            AttachmentError: if another library wrapped the same methods since and its wrapper is
+                still in place; everything else is removed all the same.
+        """
+        for handle in self._handles:
+            handle.remove()
+        if self._probe is not None:
+            self._probe.detach()
+        wrapped, self._wrapped = self._wrapped, {}
+        buried = []
+        for name, (before, wrapper) in wrapped.items():
+            if vars(self.owner).get(name) is not wrapper:
+                buried.append(name)
+            elif before is _ABSENT:
+                delattr(self.owner, name)
+            else:
+                setattr(self.owner, name, before)
+        if buried:
+            raise AttachmentError(
+                f"cannot restore {', '.join(buried)} of {type(self.owner).__name__}: something "
+                "else replaced it after the pipeline was attached. Undo that first; detach in the "
+                "reverse order of attaching."
+            )
+
+    def _wrap(self, name: str, see: Callable[[Any, Mapping[str, Any]], None]) -> None:
+        original = getattr(self.owner, name)
+        signature = inspect.signature(original)
+
+        # generate() chooses the arguments of an encoding call by the signature, so it is kept.
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._inside_wrapper:
+                # Some models encode video by way of their own image method.
+                return original(*args, **kwargs)
+            self._inside_wrapper = True
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self._inside_wrapper = False
+            see(result, signature.bind(*args, **kwargs).arguments)
+            return result
+
+        self._wrapped[name] = (vars(self.owner).get(name, _ABSENT), wrapper)
+        setattr(self.owner, name, wrapper)
+
+    def _see_features(self, modality: str, output: Any, arguments: Mapping[str, Any]) -> None:
+        """Remember where the tokens of each encoded item lie, and its signals."""
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise UnsupportedModel(
+                f"get_{modality}_features of {type(self.owner).__name__} gives no pooler_output: "
+                "this family needs an adapter of its own."
+            )
+        features = list(pooled)
+        find = self.family.layouts.get(modality)
+        layouts = (
+            find(self.owner, features, arguments)
+            if find is not None
+            else [Layout.line(feature.shape[0]) for feature in features]
+        )
+        signals: list[dict[str, Tensor]] = [{} for _ in features]
+        if self._probe is not None:
+            signals = self._probe.read(modality, features)
+        items = [EncodedItem(*item) for item in zip(layouts, signals, strict=True)]
+        for feature, item in zip(features, items, strict=True):
+            self._encoded_as[feature] = item
+            self._latest_layouts[modality, len(item.layout)] = item.layout
+        self._encoded[modality] = items
+
+    def _see_placeholders(self, output: Any, arguments: Mapping[str, Any]) -> None:
+        """Remember which columns hold visual features, for the modalities that have features."""
+        masks = output if isinstance(output, tuple) else (output,)
+        for index, modality in enumerate(MODALITIES):
+            if arguments.get(f"{modality}_features") is not None:
+                mask = masks[index] if len(masks) > 1 else masks[0]
+                self._masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
+
+    def _encoded_earlier(self, modality: str, features: Sequence[Tensor]) -> list[EncodedItem]:
+        """What is known of features that were encoded before, perhaps repeated since for beams."""
+        items = []
+        for feature in features:
+            item = self._encoded_as.get(feature)
+            if item is None:
+                length = feature.shape[0]
+                layout = self._latest_layouts.get((modality, length))
+                item = EncodedItem(Layout.line(length) if layout is None else layout, {})
+            items.append(item)
+        return items
+
+    @outside_compilation
+    def _before_owner(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._masks, self._encoded = {}, {}
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        for modality in MODALITIES:
+            pooled = getattr(encoded.get(modality), "pooler_output", None)
+            if pooled is not None:
+                self._encoded[modality] = self._encoded_earlier(modality, list(pooled))
+        pixels = any(kwargs.get(name) is not None for name in _PIXELS)
+        self._expected = bool(self._encoded) or pixels
+
+    @outside_compilation
+    def _after_owner(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._expected:
+            self._expected = False
+            raise StageNotEngaged(
+                f"visual features went into {type(self.owner).__name__}, but the attached stages "
+                "never saw them: get_placeholder_mask was replaced after attaching, or this model "
+                "merges its features in another way. Detach, undo the replacement, attach again."
+            )
+
+
+def _place(modality: str, mask: Tensor, encoded: Sequence[EncodedItem]) -> list[PlacedItem]:
+    """The items of one modality in the sequence."""
+    lengths = [len(item.layout) for item in encoded]
+    places = mask.nonzero()
+    if places.shape[0] != sum(lengths):
+        raise AttachmentError(
+            f"{places.shape[0]} {modality} placeholders, but items of {lengths} tokens: the prompt "
+            "was split inside an item (chunked prefill). Prefill in one call while a pipeline is "
+            "attached."
+        )
+    items = []
+    rows = places[:, 0].tolist()
+    start = 0
+    for item, length in zip(encoded, lengths, strict=True):
+        stop = start + length
+        if length and rows[start] != rows[stop - 1]:
+            raise AttachmentError(
+                f"{modality} of {length} tokens lies across prompts {rows[start]} and "
+                f"{rows[stop - 1]}: placeholders and features disagree."
+            )
+        prompt = rows[start] if length else 0
+        items.append(PlacedItem(prompt, modality, places[start:stop, 1], item.layout))
+        start = stop
+    return items
