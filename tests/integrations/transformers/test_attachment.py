@@ -470,3 +470,25 @@ def test_static_cache_of_a_full_length_is_supported_by_forward() -> None:
     with tr.attach(case.model, reducer), torch.no_grad():
         out = case.model(**single.batch(), past_key_values=cache)
     assert (out.logits[:, -1] - expected).abs().max() < 1e-5
+
+
+# -- half precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    case = llava()
+    reducer = EveryOther(reduction=4)
+    expected = reference.greedy(case, reducer, 1)[1][0]
+    case.model.to(dtype)
+    case.inputs["pixel_values"] = case.inputs["pixel_values"].to(dtype)
+    before, ids = logits(case), generate(case)[0]
+    with tr.attach(case.model, reducer) as run:
+        with run.disabled():
+            assert torch.equal(logits(case), before)
+            assert torch.equal(generate(case)[0], ids)
+        reduced = logits(case)[:, -1]
+        assert run.receipt.tokens_out == 8
+    assert reduced.dtype == dtype
+    tolerance = 20 * torch.finfo(dtype).eps * float(expected.abs().max())
+    assert (reduced.float() - expected).abs().max() < tolerance
