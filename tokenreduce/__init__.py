@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenreduce.attachment import attach as attach
     from tokenreduce.budget import Budget as Budget
     from tokenreduce.capabilities import StrategyRecord as StrategyRecord
+    from tokenreduce.config import dump_pipeline as dump_pipeline
     from tokenreduce.config import load_pipeline as load_pipeline
     from tokenreduce.errors import TokenReduceError as TokenReduceError
     from tokenreduce.hookspecs import PLUGIN_API_VERSION as PLUGIN_API_VERSION
@@ -53,7 +54,7 @@ _HOMES = {
     "attachment": ("Attachment", "ItemReduction", "attach"),
     "budget": ("Budget",),
     "capabilities": ("StrategyRecord",),
-    "config": ("load_pipeline",),
+    "config": ("dump_pipeline", "load_pipeline"),
     "errors": ("TokenReduceError",),
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "neighbors": ("nearest",),

@@ -253,22 +253,8 @@ def _stage(data: object, place: _Place) -> Stage:
     reducer = _reducer(data, place, own_keys=_STAGE_KEYS)
     with _located(place):
         stage = Stage(reducer=reducer, **own)
-        _require_budgets(stage)
-        # Without items this only checks that ``total`` can be shared among items at all.
-        stage.reducers([], [])
+        stage.require_budget()
     return stage
-
-
-def _require_budgets(stage: Stage) -> None:
-    """Check that every strategy that must know how many tokens to keep does."""
-    stage.require_budget()
-    pending = [stage.reducer] if stage.total is None else []
-    while pending:
-        reducer = pending.pop()
-        if reducer.budget is None:
-            # A wrapper without a budget leaves it to what it wraps.
-            pending.extend(reducer.inner_reducers())
-            reducer.require_budget()
 
 
 def _reducer(data: object, place: _Place, *, own_keys: Sequence[str] = ()) -> Reducer:
@@ -357,7 +343,10 @@ def _typed(owner: type, given: Mapping[str, Any], place: _Place) -> dict[str, An
             checked[key] = _frozen(OmegaConf.to_container(merged)["value"])  # type: ignore[index,call-overload]
         except OmegaConfBaseException as error:
             at = (error.full_key or "value").removeprefix("value")
-            raise PipelineError(f"{(place / key).inside(at)}: {_reason(error)}.") from error
+            # Of a tuple's entries, OmegaConf leaves the blanks of its message unfilled.
+            reason = _reason(error).replace("$VALUE_TYPE", type(value).__name__)
+            reason = reason.replace("$VALUE", str(value))
+            raise PipelineError(f"{(place / key).inside(at)}: {reason}.") from error
     return checked
 
 

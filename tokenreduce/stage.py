@@ -67,10 +67,16 @@ class Stage:
         """Check that the stage knows how many tokens to keep.
 
         Raises:
-            BudgetError: if neither the strategy nor ``total`` says so.
+            BudgetError: if neither the strategy nor ``total`` says so, or ``total`` cannot be
+                shared because the strategy decides by itself.
         """
         if self.total is None:
             self.reducer.require_budget()
+        elif self.reducer.budget is None and self.reducer.decides_alone:
+            raise BudgetError(
+                f"{self.reducer.name} decides by itself how many tokens to keep, so "
+                f"total={self.total} cannot be shared among items. Give it a budget."
+            )
 
     def reducers(self, layouts: Sequence[Layout], prompts: Sequence[int]) -> list[Reducer]:
         """The reducer for each item, with its share of ``total``.
@@ -81,11 +87,7 @@ class Stage:
         """
         if self.total is None:
             return [self.reducer] * len(layouts)
-        if self.reducer.budget is None and self.reducer.decides_alone:
-            raise BudgetError(
-                f"{self.reducer.name} decides by itself how many tokens to keep, so "
-                f"total={self.total} cannot be shared among items. Give it a budget."
-            )
+        self.require_budget()
         stated = {name: getattr(self.reducer, name) for name in BUDGET_FIELDS}
         budget = Budget(**stated, total=self.total)
         chosen: list[Reducer] = [self.reducer] * len(layouts)

@@ -45,6 +45,10 @@ class GroupWise(Reducer):
     def decides_alone(self) -> bool:
         return self.inner.budget is not None or self.inner.decides_alone
 
+    def require_budget(self) -> None:
+        if self.budget is None:
+            self.inner.require_budget()
+
     @abstractmethod
     def group_of(self, coords: Tensor) -> Tensor:
         """``(N,)`` group of each token, from its ``(N, 4)`` coordinates (block, t, y, x)."""
@@ -134,6 +138,10 @@ class Chain(Reducer):
     @property
     def decides_alone(self) -> bool:
         return True
+
+    def require_budget(self) -> None:
+        for reducer in self.reducers:
+            reducer.require_budget()
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         results = [chain_item(tokens.item(b), self.reducers) for b in range(tokens.batch)]

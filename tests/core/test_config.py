@@ -508,7 +508,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
         (
             {"reduce": [{"strategy": "peculiar", "keep": 1, "weights": ["x"]}]},
             PipelineError,
-            r"reduce\[0\]\.weights",
+            r"reduce\[0\]\.weights: Value '\['x'\]'",
         ),
         (
             {"reduce": [{"strategy": "peculiar", "keep": 1, "weights": []}]},
