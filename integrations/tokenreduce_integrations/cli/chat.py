@@ -1,0 +1,155 @@
+"""A question about a picture or clip, from files to the answer of a model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from torch import Tensor, nn
+
+from tokenreduce.errors import MediaError, PipelineError
+
+_CLIP_HINT = (
+    "A clip is given as a folder of frames: "
+    "mkdir frames && ffmpeg -i clip.mp4 -vf fps=1 frames/%04d.png"
+)
+_CLIP_FILES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg"}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture, or the frames of a clip, in RGB."""
+
+    modality: Literal["image", "video"]
+    frames: tuple[Image.Image, ...]
+
+
+def open_media(path: Path) -> Media:
+    """Open a picture, an animation, or a folder of frames (in the order of their names).
+
+    Raises:
+        MediaError: if it is none of these.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+        if not files:
+            raise MediaError(f"{path}: the folder holds no frames. {_CLIP_HINT}")
+        return Media("video", tuple(_open_frames(file)[0] for file in files))
+    frames = _open_frames(path)
+    return Media("image" if len(frames) == 1 else "video", frames)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open a picture.
+
+    Raises:
+        MediaError: if it is not a picture, or a moving one.
+    """
+    media = open_media(path)
+    if media.modality != "image":
+        raise MediaError(f"{path}: is a clip, but a picture is needed.")
+    return media.frames[0]
+
+
+def require_question(question: str) -> str:
+    """The question without surrounding spaces.
+
+    Raises:
+        MediaError: if nothing is left.
+    """
+    if not question.strip():
+        raise MediaError('the question is empty. Ask something, as in "what is in the picture?"')
+    return question.strip()
+
+
+def quiet_loading() -> None:
+    """Keep progress bars out of files and pipes."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def encode(processor: Any, media: Media, question: str, device: torch.device) -> dict[str, Any]:
+    """The model's inputs for one question, through the processor's chat template.
+
+    Raises:
+        PipelineError: if the processor has no chat template.
+        MediaError: if the processor cannot take this kind of media.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise PipelineError(
+            f"{type(processor).__name__} has no chat template, so a question cannot be put to this "
+            "model. Use a model whose processor has one."
+        )
+    if media.modality == "video" and getattr(processor, "video_processor", None) is None:
+        raise MediaError(f"this model takes no clips ({type(processor).__name__}): give a picture.")
+    shown = media.frames[0] if media.modality == "image" else list(media.frames)
+    content = [
+        {"type": media.modality, media.modality: shown},
+        {"type": "text", "text": question},
+    ]
+    try:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except (ValueError, IndexError) as error:
+        width, height = media.frames[0].size
+        raise MediaError(
+            f"{type(processor).__name__} cannot take this {media.modality} of {width} x {height} "
+            f"pixels and {len(media.frames)} frames: {error}"
+        ) from error
+    return dict(inputs.to(device))
+
+
+@torch.no_grad()
+def answer(model: nn.Module, processor: Any, inputs: dict[str, Any], *, max_new_tokens: int) -> str:
+    """The model's most likely answer."""
+    generate: Any = model.generate
+    output: Tensor = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
+    return text.strip()
+
+
+def picture_seen(image: Image.Image, inputs: dict[str, Any], processor: Any) -> Image.Image:
+    """The picture as the model saw it: resized and cropped pixels where those are at hand.
+
+    Processors that crop give whole pictures, ``(1, 3, height, width)``; those that cut a picture
+    into patches or tiles do not crop, so that the picture itself is what the model saw.
+    """
+    pixels = inputs.get("pixel_values")
+    prepare = getattr(processor, "image_processor", None)
+    mean, deviation = getattr(prepare, "image_mean", None), getattr(prepare, "image_std", None)
+    whole = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3)
+    if not whole or mean is None or deviation is None or not isinstance(pixels, Tensor):
+        return image
+    values = pixels[0].float().cpu()
+    restored = values * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+    array = (restored * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(array.contiguous().numpy())
+
+
+def _open_frames(path: Path) -> tuple[Image.Image, ...]:
+    if not path.exists():
+        raise MediaError(f"{path}: no such file or folder.")
+    try:
+        with Image.open(path) as opened:
+            return tuple(
+                ImageOps.exif_transpose(frame).convert("RGB")
+                for frame in ImageSequence.Iterator(opened)
+            )
+    except UnidentifiedImageError as error:
+        is_clip = path.suffix.lower() in _CLIP_FILES
+        hint = _CLIP_HINT if is_clip else "Give a PNG, JPEG or WebP file."
+        raise MediaError(f"{path}: is not an image. {hint}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: the image cannot be read: {error}.") from error
