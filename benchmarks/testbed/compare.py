@@ -1,0 +1,207 @@
+"""Accuracy of reduction strategies on a testbed model, with paired intervals.
+
+    python benchmarks/testbed/compare.py --model b --scenes 1000 --seed 30001 --json
+
+Every strategy answers the same questions. Each row gives the macro accuracy over the question types
+that the model has learned, its share of the unreduced accuracy, and the difference to each control
+on the same questions; intervals are 95 % bootstraps over scenes. A strategy is non-inferior to
+DivPrune if the lower end of that difference lies above -1.5 points.
+
+Scenes of seed 101 to 199, the default among them, are for choosing parameters. Results are reported
+on seeds from 30001, which nothing was chosen on.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import tokenreduce as tr
+from tokenreduce_integrations.testbed.evaluation import (
+    CONFIDENCE,
+    RESAMPLES,
+    Bootstrap,
+    Estimate,
+    answer_questions,
+    encode_scenes,
+    reduce_features,
+)
+from tokenreduce_integrations.testbed.models import MODEL_NAMES, card, load
+
+TUNING_SEED = 101
+STRATEGIES = (
+    "lftr",
+    "divprune",
+    "tome",
+    "norm-topk",
+    "random",
+    "uniform",
+    "avg-pool",
+    "bilinear-pool",
+)
+CONTROLS = ("random", "uniform", "avg-pool", "divprune")
+REDUCTIONS = (4.0, 8.0, 16.0)
+MARGIN = 0.015
+BOOTSTRAP_SEED = 0
+
+
+def compare(
+    name: str,
+    *,
+    scenes: int,
+    seed: int,
+    strategies: tuple[str, ...] = STRATEGIES,
+    reductions: tuple[float, ...] = REDUCTIONS,
+) -> dict[str, Any]:
+    """Evaluate strategies on a testbed model.
+
+    Args:
+        name: the model.
+        scenes: number of held-out scenes.
+        seed: of the scenes.
+        strategies: registered names; the controls among them are what others are compared with.
+        reductions: how many times fewer tokens.
+
+    Returns:
+        one JSON document.
+    """
+    model, processor = load(name)
+    about = card(name)
+    encoded = encode_scenes(
+        model, processor, seed=seed, scenes=scenes, types=about["reported_types"]
+    )
+    bootstrap = Bootstrap(encoded, seed=BOOTSTRAP_SEED)
+    unreduced = answer_questions(model, encoded)
+    rows = []
+    for reduction in reductions:
+        reducers = {s: tr.create_strategy(s, reduction=reduction) for s in strategies}
+        answers, seconds = {}, {}
+        for strategy, reducer in reducers.items():
+            started = time.perf_counter()
+            answers[strategy] = answer_questions(model, encoded, reducer)
+            seconds[strategy] = time.perf_counter() - started
+        for strategy, reducer in reducers.items():
+            correct = answers[strategy]
+            versus = {
+                control: bootstrap.difference(correct, answers[control])
+                for control in CONTROLS
+                if control in answers and control != strategy
+            }
+            row = {
+                "strategy": strategy,
+                "options": reducer.options(),
+                "reduction": reduction,
+                "kept": reduce_features(reducer, encoded.features[:1]).kept,
+                "macro": _rounded(bootstrap.macro(correct)),
+                "share": _rounded(bootstrap.share(correct, unreduced)),
+                "by_type": {
+                    kind: round(value, 4) for kind, value in bootstrap.by_type(correct).items()
+                },
+                "difference": {control: _rounded(value) for control, value in versus.items()},
+                "seconds": round(seconds[strategy], 2),
+            }
+            if "divprune" in versus:
+                row["non_inferior_to_divprune"] = versus["divprune"].low > -MARGIN
+            rows.append(row)
+    return {
+        "model": name,
+        "model_finished": about["finished"],
+        "scenes": scenes,
+        "questions": len(unreduced),
+        "types": list(encoded.types),
+        "unreported_types": about["unreported_types"],
+        "scene_seed": seed,
+        "bootstrap": {"seed": BOOTSTRAP_SEED, "resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "margin": MARGIN,
+        "tokens": encoded.features.shape[1],
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenreduce": tr.__version__,
+        },
+        "unreduced": {
+            "macro": _rounded(bootstrap.macro(unreduced)),
+            "by_type": {
+                kind: round(value, 4) for kind, value in bootstrap.by_type(unreduced).items()
+            },
+        },
+        "rows": rows,
+    }
+
+
+def _rounded(estimate: Estimate) -> dict[str, float]:
+    return {end: round(getattr(estimate, end), 4) for end in ("value", "low", "high")}
+
+
+def _points(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (100 * estimate[end] for end in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text; differences in points, with their intervals."""
+    macro = result["unreduced"]["macro"]
+    about = (
+        f"model {result['model']}, {result['scenes']} scenes of seed {result['scene_seed']}, "
+        f"{result['questions']} questions; unreduced ({result['tokens']} tokens) "
+        f"{100 * macro['value']:.1f} [{100 * macro['low']:.1f}, {100 * macro['high']:.1f}]"
+    )
+    lines = [
+        about,
+        f"{'strategy':14}{'tokens':>7}{'macro':>8}{'share':>8}{'interval':>16}"
+        + "".join(f"{'- ' + control:>22}" for control in CONTROLS)
+        + "  non-inferior",
+    ]
+    for row in result["rows"]:
+        macro, share = row["macro"], row["share"]
+        interval = f"[{100 * macro['low']:.1f}, {100 * macro['high']:.1f}]"
+        verdict = {True: "yes", False: "no", None: ""}[row.get("non_inferior_to_divprune")]
+        lines.append(
+            f"{row['strategy']:14}{row['kept']:>7}{100 * macro['value']:>8.1f}"
+            f"{100 * share['value']:>8.1f}{interval:>16}"
+            + "".join(f"{_points(row['difference'].get(control)):>22}" for control in CONTROLS)
+            + f"  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODEL_NAMES, default="a")
+    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=TUNING_SEED, help="of the scenes")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--reductions", nargs="+", type=float, default=REDUCTIONS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    result = compare(
+        options.model,
+        scenes=options.scenes,
+        seed=options.seed,
+        strategies=tuple(options.strategies),
+        reductions=tuple(options.reductions),
+    )
+    document = json.dumps(result, indent=2)
+    print(document if options.json else table(result))
+    if options.out:
+        options.out.write_text(document + "\n")
+
+
+if __name__ == "__main__":
+    main()

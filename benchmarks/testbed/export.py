@@ -1,0 +1,163 @@
+"""Write trained weights as a Hugging Face folder with tokenizer, processor and card.
+
+``python benchmarks/testbed/export.py --model a --run DIR``
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from architecture import build_model
+from evaluate import TypeResult, evaluate, macro
+from recipes import RECIPES
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from train import SEEDS, VALIDATION_SEED
+from transformers import (
+    CLIPImageProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from tokenreduce_integrations.testbed.models import model_path
+from tokenreduce_integrations.testbed.scenes import IMAGE_SIZE, PATCH_SIZE, QUESTION_TYPES
+from tokenreduce_integrations.testbed.vocabulary import BOS, EOS, IMAGE, PAD, TOKEN_IDS, UNKNOWN
+
+CARD_SEED = 20_001
+"""Seed of the scenes of the card; neither trained on nor looked at while training."""
+REPORTED_MARGIN = 0.15
+"""A type is reported if its accuracy exceeds the majority baseline by this much."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% endif %}{% endfor %}USER: "
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} {% endif %}{% endfor %}"
+    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }} </s> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_processor() -> LlavaProcessor:
+    """Build the processor: one token a word, images in their original size."""
+    words = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, TOKEN_IDS[BOS])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            do_center_crop=False,
+            image_mean=[0.5] * 3,
+            image_std=[0.25] * 3,
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def export_model(weights: dict[str, torch.Tensor], folder: Path) -> LlavaForConditionalGeneration:
+    """Save weights in bfloat16 with everything `from_pretrained` needs; return what it loads."""
+    model = build_model()
+    model.load_state_dict(weights)
+    generation = model.generation_config
+    generation.bos_token_id = TOKEN_IDS[BOS]
+    generation.eos_token_id = TOKEN_IDS[EOS]
+    generation.pad_token_id = TOKEN_IDS[PAD]
+    generation.do_sample = False
+    generation.max_new_tokens = 4
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    build_processor().save_pretrained(folder)
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_card(
+    name: str, results: dict[str, TypeResult], log: list[dict[str, Any]], images: int
+) -> dict[str, Any]:
+    """Describe how a model was trained and what it can do."""
+    reported = [
+        kind
+        for kind in QUESTION_TYPES
+        if results[kind].accuracy >= results[kind].majority + REPORTED_MARGIN
+    ]
+    return {
+        "model": name,
+        "command": f"python benchmarks/testbed/train.py --model {name} --out DIR",
+        "seed": SEEDS[name],
+        "stages": [{**asdict(stage), "types": dict(stage.types)} for stage in RECIPES[name]],
+        "finished": log[-1]["stage"] == RECIPES[name][-1].name
+        and log[-1]["step"] == RECIPES[name][-1].steps,
+        "steps": _steps(log),
+        "scenes": log[-1]["scenes"],
+        "cpu_seconds": log[-1]["cpu_seconds"],
+        "validation_seed": VALIDATION_SEED,
+        "evaluation": {
+            "seed": CARD_SEED,
+            "split": "test",
+            "images": images,
+            "questions": sum(result.questions for result in results.values()),
+            "dtype": "float32",
+            "by_type": {
+                kind: {key: round(value, 4) for key, value in asdict(result).items()}
+                for kind, result in results.items()
+            },
+            "macro": round(macro(results), 4),
+            "macro_reported": round(macro(results, reported), 4),
+        },
+        "reported_types": reported,
+        "unreported_types": [kind for kind in QUESTION_TYPES if kind not in reported],
+    }
+
+
+def _steps(log: list[dict[str, Any]]) -> int:
+    """Optimiser steps over all stages."""
+    by_stage = {record["stage"]: record["step"] for record in log}
+    return sum(by_stage.values())
+
+
+def main() -> None:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(RECIPES), required=True)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument("--out", type=Path, help="default: the folder inside the package")
+    parser.add_argument("--images", type=int, default=1000, help="held-out images for the card")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.out or model_path(options.model)
+    checkpoint = torch.load(options.run / "checkpoint.pt")
+    records = (options.run / "log.jsonl").read_text().splitlines()
+    log = [json.loads(record) for record in records]
+    partial = folder.with_suffix(".partial")
+    model = export_model(checkpoint["model"], partial)
+    card = make_card(options.model, evaluate(model, CARD_SEED, options.images), log, options.images)
+    (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    kept_log = Path(__file__).parent / "logs" / f"{options.model}.jsonl"
+    shutil.copyfile(options.run / "log.jsonl", kept_log)
+    print(json.dumps(card["evaluation"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

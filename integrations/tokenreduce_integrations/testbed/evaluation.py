@@ -1,0 +1,233 @@
+"""What a reduction costs: accuracy of a testbed model on held-out scenes, with intervals.
+
+Scenes are encoded once, as projected features. A reducer turns the 144 features of each scene into
+fewer, and the language model answers every question from those, each at its original position: what
+an attachment at the ``projector`` site does, without repeating the vision encoder. Answers of
+different strategies belong to the same questions, so that differences are paired.
+
+The score is the macro average: accuracy by question type, averaged over the types that the model
+has learned. No question occurs twice in a scene. Intervals come from a bootstrap that resamples
+whole scenes, because questions about one scene are not independent.
+
+    model, processor = load("b")
+    encoded = encode_scenes(model, processor, seed=7, scenes=200, types=reported_types("b"))
+    unreduced = answer_questions(model, encoded)
+    reduced = answer_questions(model, encoded, tr.create_strategy("lftr", reduction=16))
+    bootstrap = Bootstrap(encoded)
+    print(bootstrap.macro(reduced), bootstrap.difference(reduced, unreduced))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from tokenreduce.reducer import Reducer
+from tokenreduce.reduction import Reduction
+from tokenreduce.tokens import Layout, VisualTokens
+
+from . import packed
+from .scenes import GRID_SIZE, Question, SceneGenerator
+
+BATCH_SIZE: Final = 50
+"""Scenes that are encoded, reduced and answered at once."""
+QUESTIONS: Final = 8
+"""Most questions about a scene."""
+RESAMPLES: Final = 2000
+"""Bootstrap resamples."""
+CONFIDENCE: Final = 0.95
+"""Coverage of an interval."""
+
+Correct = NDArray[np.bool_]
+"""``(Q,)``: which answers are right, in the order of :attr:`EncodedScenes.questions`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedScenes:
+    """Held-out scenes as a language model reads them, with their questions.
+
+    Attributes:
+        features: projected visual tokens, float32 ``(S, 144, D)``.
+        questions: the distinct questions about each scene; S entries.
+        types: the question types that are asked, in order.
+        seed: seed of the scene generator.
+    """
+
+    features: Tensor
+    questions: tuple[tuple[Question, ...], ...]
+    types: tuple[str, ...]
+    seed: int
+
+    @cached_property
+    def scene_of(self) -> NDArray[np.int64]:
+        """``(Q,)`` scene of each question."""
+        return np.repeat(np.arange(len(self.questions)), [len(row) for row in self.questions])
+
+    @cached_property
+    def type_of(self) -> NDArray[np.int64]:
+        """``(Q,)`` index into :attr:`types` of each question."""
+        code = {name: index for index, name in enumerate(self.types)}
+        return np.array([code[question.type] for row in self.questions for question in row], int)
+
+
+@torch.no_grad()
+def encode_scenes(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    *,
+    seed: int,
+    scenes: int,
+    types: Sequence[str],
+) -> EncodedScenes:
+    """Render held-out scenes, ask about them and encode them.
+
+    Args:
+        model: a testbed model.
+        processor: its processor.
+        seed: selects the scenes. Parameters are tuned on other seeds than results are reported on.
+        scenes: how many, at least 1.
+        types: question types to ask.
+
+    Raises:
+        ValueError: if there are no scenes or no types, or a type is unknown.
+    """
+    if scenes < 1 or not types:
+        raise ValueError(f"nothing to evaluate: {scenes} scenes, question types {list(types)}")
+    generator = SceneGenerator(seed, "test")
+    features, questions = [], []
+    for start in range(0, scenes, BATCH_SIZE):
+        drawn = [generator.scene(i) for i in range(start, min(start + BATCH_SIZE, scenes))]
+        images = [scene.image for scene in drawn]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features.append(torch.stack(list(model.get_image_features(pixels).pooler_output)).float())
+        questions += [
+            tuple(generator.questions(scene, count=QUESTIONS, types=types)) for scene in drawn
+        ]
+    return EncodedScenes(
+        features=torch.cat(features), questions=tuple(questions), types=tuple(types), seed=seed
+    )
+
+
+@torch.no_grad()
+def answer_questions(
+    model: LlavaForConditionalGeneration, encoded: EncodedScenes, reducer: Reducer | None = None
+) -> Correct:
+    """Answer every question from the reduced tokens of its scene.
+
+    Args:
+        model: the model that encoded the scenes.
+        encoded: scenes with their questions.
+        reducer: reads features alone, and has a budget; None leaves the tokens as they are.
+
+    Returns:
+        which answers are right.
+
+    Raises:
+        BudgetError: if the reducer has no budget and does not decide by itself.
+        MissingSignal: if the reducer reads more than features.
+    """
+    right: list[bool] = []
+    # Dense batches need equal counts, which a strategy that decides from the data does not give.
+    size = 1 if reducer is not None and reducer.record.count == "adaptive" else BATCH_SIZE
+    for start in range(0, len(encoded.questions), size):
+        rows = encoded.questions[start : start + size]
+        features = encoded.features[start : start + size]
+        positions = packed.image_positions(len(features))
+        if reducer is not None:
+            reduction = reduce_features(reducer, features)
+            features, positions = reduction.features, positions.gather(1, reduction.positions)
+        texts = [[question.text for question in row] for row in rows]
+        for row, words in zip(rows, packed.answer(model, features, positions, texts), strict=True):
+            right += [word == question.answer for question, word in zip(row, words, strict=True)]
+    return np.array(right, bool)
+
+
+def reduce_features(reducer: Reducer, features: Tensor) -> Reduction:
+    """Reduce projected features ``(B, 144, D)`` of scenes."""
+    return reducer(VisualTokens(features, Layout.from_grid((GRID_SIZE, GRID_SIZE))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value with its bootstrap interval (percentiles, :data:`CONFIDENCE`)."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+class Bootstrap:
+    """Macro accuracies and their differences, with intervals from resampled scenes.
+
+    Every estimate uses the same resamples, so that intervals of differences are paired.
+
+    Args:
+        encoded: the scenes and questions that the answers belong to.
+        resamples: how many, at least 1.
+        seed: of the resamples.
+    """
+
+    def __init__(
+        self, encoded: EncodedScenes, *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> None:
+        self._encoded = encoded
+        self._scenes = len(encoded.questions)
+        self._asked = self._by_scene(np.ones(len(encoded.scene_of)))
+        rng = np.random.default_rng(seed)
+        even = np.full(self._scenes, 1 / self._scenes)
+        self._weights = rng.multinomial(self._scenes, even, size=resamples).astype(float)
+
+    def by_type(self, correct: Correct) -> dict[str, float]:
+        """Accuracy by question type, for the types that occur."""
+        right, asked = self._by_scene(correct).sum(0), self._asked.sum(0)
+        return {
+            name: float(right[index] / asked[index])
+            for index, name in enumerate(self._encoded.types)
+            if asked[index]
+        }
+
+    def macro(self, correct: Correct) -> Estimate:
+        """Mean over question types of the accuracy."""
+        return self._estimate(*self._macros(correct))
+
+    def difference(self, correct: Correct, other: Correct) -> Estimate:
+        """Macro accuracy of the first minus that of the second, on the same questions."""
+        (value, values), (base, bases) = self._macros(correct), self._macros(other)
+        return self._estimate(value - base, values - bases)
+
+    def share(self, correct: Correct, unreduced: Correct) -> Estimate:
+        """Macro accuracy as a share of the unreduced one."""
+        (value, values), (base, bases) = self._macros(correct), self._macros(unreduced)
+        return self._estimate(value / base, values / bases)
+
+    def _by_scene(self, values: NDArray[np.bool_] | NDArray[np.float64]) -> NDArray[np.float64]:
+        """``(S, types)`` sums over the questions of each scene and type."""
+        sums = np.zeros((self._scenes, len(self._encoded.types)))
+        np.add.at(sums, (self._encoded.scene_of, self._encoded.type_of), values)
+        return sums
+
+    def _macros(self, correct: Correct) -> tuple[float, NDArray[np.float64]]:
+        right = self._by_scene(correct)
+        whole = _macro(right.sum(0)[None], self._asked.sum(0)[None])
+        return float(whole[0]), _macro(self._weights @ right, self._weights @ self._asked)
+
+    def _estimate(self, value: float, values: NDArray[np.float64]) -> Estimate:
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(values, [tail, 1 - tail])
+        return Estimate(value=value, low=float(low), high=float(high))
+
+
+def _macro(right: NDArray[np.float64], asked: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the types that occur; a small resample can miss a rare one."""
+    occurs = asked > 0
+    accuracy = np.divide(right, asked, out=np.zeros_like(right), where=occurs)
+    return np.asarray(accuracy.sum(1) / occurs.sum(1))
