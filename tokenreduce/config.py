@@ -66,11 +66,13 @@ def load_pipeline(
     """
     label, config = _read(source)
     root = _Place(label)
-    _refuse_resolvers(root, OmegaConf.to_container(config, resolve=False))
     if not isinstance(config, DictConfig):
         raise PipelineError(f"{root}: must be a mapping with the key 'reduce'.")
+    _refuse_resolvers(root, OmegaConf.to_container(config, resolve=False))
     for override in overrides:
         _override(root, config, override)
+    # Again: an override's YAML escapes may spell out what its text did not show.
+    _refuse_resolvers(root, OmegaConf.to_container(config, resolve=False))
     with _located(root):
         data = cast(
             dict[str, Any],
@@ -154,7 +156,11 @@ def _read(source: object) -> tuple[str, DictConfig | ListConfig]:
         )
     path = Path(source)
     presets = installed().presets
-    if isinstance(source, str) and not path.is_file() and source in presets:
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{str(path)[:80]!r}: is not a path: {_reason(error)}.") from error
+    if isinstance(source, str) and not is_file and source in presets:
         preset = presets.resolve(source)
         if not isinstance(preset, Mapping):
             raise PipelineError(
@@ -162,7 +168,7 @@ def _read(source: object) -> tuple[str, DictConfig | ListConfig]:
                 f"{presets[source].distribution or presets[source].target!r}."
             )
         return f"preset {source!r}", _create(f"preset {source!r}", preset)
-    if not path.is_file():
+    if not is_file:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [str(folder / found.name) for found in folder.glob("*.y*ml")]
         raise PipelineError(
@@ -171,7 +177,7 @@ def _read(source: object) -> tuple[str, DictConfig | ListConfig]:
         )
     try:
         return str(path), OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise PipelineError(f"{path}: is not valid YAML: {_reason(error)}.") from error
     except (OSError, RecursionError) as error:
         raise PipelineError(f"{path}: cannot be read: {_reason(error)}.") from error

@@ -80,6 +80,8 @@ class Registry(Mapping[str, R], Generic[R]):
         self._records: dict[str, R] = {}
 
     def __getitem__(self, name: str) -> R:
+        if not isinstance(name, str):
+            raise UnknownName(f"a {self.kind} has a name, got {name!r}.")
         try:
             return self._records[name]
         except KeyError:

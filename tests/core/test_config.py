@@ -434,6 +434,17 @@ def test_resolvers_are_refused(text: str, where: str) -> None:
         load_pipeline(source, overrides)
 
 
+@pytest.mark.parametrize("escape", [r"\x24{oc.env:HOME}", r"${oc.env\x3aHOME}", r"\u0024{a:b}"])
+def test_resolvers_spelled_with_escapes_are_refused(escape: str) -> None:
+    with pytest.raises(PipelineError, match="resolver"):
+        load_pipeline({"vars": {"x": 1}, **one(keep=1)}, [f'vars.x="{escape}"'])
+
+
+def test_sources_that_are_no_path_are_refused() -> None:
+    with pytest.raises(PipelineError, match="not a path"):
+        load_pipeline("x" * 5000)
+
+
 def test_a_config_object_is_a_mapping_like_others() -> None:
     assert load_pipeline(OmegaConf.create(one(keep=3))) == load_pipeline(one(keep=3))
     with pytest.raises(PipelineError, match="resolver"):

@@ -1,0 +1,105 @@
+"""Clustering by density peaks (Rodriguez and Laio, Science 2014; DPC-kNN: Du et al., 2016)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenreduce.ops.quotas import top_mask
+from tokenreduce.ops.selection import first_argmax
+
+#: Squared distances below this part of the squared lengths are rounding errors of a duplicate.
+DUPLICATE = 4e-6
+#: Densities nearer than this are ties; densities lie in (0, 1].
+DENSITY_TOLERANCE = 1e-6
+#: Entries of the distance matrices held at a time: 16 Mi float32 values, 64 MiB.
+TILE_ENTRIES = 1 << 24
+
+
+class DensityPeaks(NamedTuple):
+    """Cluster centres, and where each token belongs.
+
+    Attributes:
+        centres: ``(B, n)`` booleans.
+        centre_of: ``(B, n)`` index of each token's centre, a centre's own for itself; -1 for
+            tokens that take no part.
+    """
+
+    centres: Tensor
+    centre_of: Tensor
+
+
+def density_peaks(
+    features: Tensor, clusters: Tensor, *, neighbors: int = 7, takes_part: Tensor | None = None
+) -> DensityPeaks:
+    """Cluster tokens around those that are dense and far from anything denser.
+
+    With Euclidean distances d divided by sqrt(D): the density of a token is exp(-mean d^2) over its
+    q nearest tokens, itself included; its score is its density times the distance to the nearest
+    denser token (the densest: the largest distance of all). The tokens of highest score are
+    centres; the others join the nearest. Of equal densities the first token counts as denser; other
+    ties go to the lowest index as well.
+
+    Args:
+        features: ``(B, n, D)``.
+        clusters: ``(B,)`` integers, how many centres each item gets, at most its tokens.
+        neighbors: q, at most; no more than the item has clusters.
+        takes_part: ``(B, n)`` booleans, tokens to cluster; all if omitted.
+
+    Returns:
+        centres and assignment. Memory beside the features: bounded, n x n for a single item.
+    """
+    batch, n, _ = features.shape
+    if takes_part is None:
+        takes_part = torch.ones(batch, n, dtype=torch.bool, device=features.device)
+    together = max(1, TILE_ENTRIES // n**2)
+    parts = [
+        _cluster(*part, neighbors)
+        for part in zip(
+            features.split(together),
+            clusters.to(features.device).split(together),
+            takes_part.split(together),
+            strict=True,
+        )
+    ]
+    centres, centre_of = zip(*parts, strict=True)
+    return DensityPeaks(torch.cat(centres), torch.cat(centre_of))
+
+
+def _cluster(
+    features: Tensor, clusters: Tensor, takes_part: Tensor, neighbors: int
+) -> tuple[Tensor, Tensor]:
+    n = features.shape[1]
+    distance = _distances(features).masked_fill(~takes_part[:, None], torch.inf)
+    q = torch.minimum(clusters, takes_part.sum(1)).clamp(1, neighbors)[:, None, None]
+    nearest = distance.topk(min(neighbors, n), dim=2, largest=False).values.square()
+    rank = torch.arange(nearest.shape[2], device=features.device)
+    density = (-nearest.masked_fill(rank >= q, 0).sum(2) / q[:, 0]).exp()
+    density = density.masked_fill(~takes_part, -1)
+    index = torch.arange(n, device=features.device)
+    ahead = density[:, None] - density[..., None]
+    denser = (ahead > DENSITY_TOLERANCE) | (
+        (ahead.abs() <= DENSITY_TOLERANCE) & (index < index[:, None])
+    )
+    both = takes_part[:, None] & takes_part[..., None]
+    largest = distance.masked_fill(~both, 0).amax((1, 2))[:, None]
+    apart = torch.where(denser, distance, torch.inf).amin(2)
+    score = (density * torch.where(apart.isinf(), largest, apart)).masked_fill(
+        ~takes_part, -torch.inf
+    )
+    centres = top_mask(score, clusters, scale=largest)
+    distance.masked_fill_(~centres[:, None], torch.inf)
+    # Where there are no centres, every distance is infinite and the answer is never read.
+    joins = first_argmax(-distance, scale=largest[..., None])
+    joins = torch.where(centres, index, joins).masked_fill(~takes_part, -1)
+    return centres, joins
+
+
+def _distances(features: Tensor) -> Tensor:
+    """``(B, n, n)`` Euclidean distances over sqrt(D), exactly 0 between duplicates."""
+    centred = features.float() - features.float().mean(1, keepdim=True)
+    squares = centred.square().sum(2)
+    lengths = squares[:, None] + squares[..., None]
+    squared = torch.baddbmm(lengths, centred, centred.transpose(1, 2), alpha=-2)
+    squared = squared.masked_fill_(squared <= DUPLICATE * lengths, 0)
+    return (squared / features.shape[2]).sqrt_()

@@ -1,0 +1,49 @@
+"""Farthest-first traversal in which tokens carry weights: max-min diversity of salient tokens."""
+
+import torch
+from torch import Tensor
+
+from tokenreduce.ops.selection import first_argmax
+from tokenreduce.ops.similarity import unit_vectors
+
+#: Entries of the Gram matrices held at a time: 16 Mi float32 values, 64 MiB.
+TILE_ENTRIES = 1 << 24
+
+
+def weighted_farthest_first(features: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Pick tokens one by one, each the farthest from those picked before in weighted distance.
+
+    The weighted distance of a candidate j to a picked i is (1 - cos(i, j)) w_j. The first pick has
+    the largest distance to its nearest other token.
+
+    Args:
+        features: ``(B, N, D)``.
+        weights: ``(B, N)``.
+        k: how many to pick, 0 <= k <= N.
+
+    Returns:
+        ``(B, k)`` indices in the order they were picked; ties go to the lowest index. Memory beside
+        the features: bounded, N x N for a single item.
+    """
+    together = max(1, TILE_ENTRIES // features.shape[1] ** 2)
+    parts = zip(features.split(together), weights.float().split(together), strict=True)
+    return torch.cat([_pick(unit_vectors(part), weight, k) for part, weight in parts])
+
+
+def _pick(unit: Tensor, weights: Tensor, k: int) -> Tensor:
+    picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
+    if k == 0:
+        return picks
+    rows = torch.arange(unit.shape[0], device=unit.device)
+    # Row i holds the weighted distances of all candidates to i.
+    apart = (1 - unit @ unit.transpose(1, 2)).mul_(weights[:, None])
+    scale = weights.abs().amax(1, keepdim=True)
+    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    newest = first_argmax(apart.amin(1).clamp(max=torch.finfo(torch.float32).max), scale=scale)
+    distance = torch.full_like(weights, torch.inf)
+    for step in range(k):
+        picks[:, step] = newest
+        distance = torch.minimum(distance, apart[rows, newest])
+        distance[rows, newest] = -torch.inf
+        newest = first_argmax(distance, scale=scale)
+    return picks
