@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from tokenreduce.errors import AttachmentError, PipelineError, UnsupportedModel
+from tokenreduce.errors import AttachmentError, BudgetError, PipelineError, UnsupportedModel
 from tokenreduce.pipeline import Pipeline
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import Receipt
@@ -121,15 +121,21 @@ class Attachment(ABC):
             stage: index of the stage; needed where there are several.
 
         Raises:
-            BudgetError: if the budget is invalid.
+            BudgetError: if the budget is invalid or missing.
             AttachmentError: if it is unclear which stage is meant.
         """
+        if keep is None and keep_ratio is None and reduction is None and total is None:
+            raise BudgetError("no budget: give keep, keep_ratio, reduction or total.")
         if stage is None and len(self.stages) > 1:
             raise AttachmentError(
                 f"this pipeline has {len(self.stages)} stages: say which one the budget is for, "
                 "as in budget(keep=64, stage=0)."
             )
-        index = stage or 0
+        index = 0 if stage is None else stage
+        if index not in range(len(self.stages)):
+            raise AttachmentError(
+                f"stage={stage!r}: this pipeline has the stages 0 to {len(self.stages) - 1}."
+            )
         before = self.stages
         changed = before[index].with_budget(
             keep=keep, keep_ratio=keep_ratio, reduction=reduction, total=total
@@ -182,6 +188,8 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
         MissingSignal: if a stage needs a signal that the model cannot give.
         AttachmentError: if a pipeline is attached to the model already.
     """
+    # A compiled module forwards to the original, on which hooks belong.
+    model = getattr(model, "_orig_mod", model)
     stages = as_stages(pipeline)
     for stage in stages:
         stage.require_budget()

@@ -7,9 +7,10 @@ reduced the decoder is called exactly as it would be without the attachment.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from tokenreduce_integrations.transformers.sequence import (
     text_row_positions,
 )
 from tokenreduce_integrations.transformers.watch import (
+    Uncopyable,
     VisualInput,
     VisualWatch,
     outside_compilation,
@@ -70,12 +72,20 @@ class _Call:
     after: Ledger
 
 
-class TransformersAttachment(Attachment):
+class _UnderWay(threading.local):
+    """The call of the decoder under way; threads may share a model."""
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+
+
+class TransformersAttachment(Uncopyable, Attachment):
     """See :class:`tokenreduce.attachment.Attachment`.
 
     While attached, ``hidden_states`` and ``attentions`` that the model returns are those of the
     shorter sequence; ``logits`` and the loss have the shape of the given one. A cache made while
-    attached must be continued while attached.
+    attached must be continued while attached. Threads may share the model; ``receipt`` and
+    ``reductions`` are those of whichever prefill came last.
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class TransformersAttachment(Attachment):
         self.family = family
         self.decoder = decoder
         self._needs = tuple(dict.fromkeys(name for s in stages for name in s.reducer.needs))
-        self._call: _Call | None = None
+        self._under_way = _UnderWay()
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._watch = VisualWatch(owner, family, self._needs)
         self._handles = [
@@ -115,12 +125,6 @@ class TransformersAttachment(Attachment):
             handle.remove()
         self._watch.detach()
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise AttachmentError(
-            "a model cannot be copied or pickled while a pipeline is attached: the copy's hooks "
-            "would act on the original. Detach, copy, and attach to each."
-        )
-
     @property
     def receipt(self) -> Receipt:
         self._read_record()
@@ -137,7 +141,7 @@ class TransformersAttachment(Attachment):
     def _before_decoder(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._call = None
+        self._under_way.call = None
         visual = self._watch.take()
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         ledger = Ledger.of(cache)
@@ -233,7 +237,7 @@ class TransformersAttachment(Attachment):
         # samples; with one, a missing mask is safe and spares the decoder a mask.
         safe = cache is not None and not cache.is_compileable
         shorter["attention_mask"] = None if safe and full else valid.long()
-        self._call = _Call(plan, length, ledger, Ledger(valid, past + length, full=full))
+        self._under_way.call = _Call(plan, length, ledger, Ledger(valid, past + length, full=full))
         if ledger is not None:
             ledger.inside_decoder = True
         return shorter
@@ -269,7 +273,7 @@ class TransformersAttachment(Attachment):
 
     @outside_compilation
     def _after_decoder(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        call, self._call = self._call, None
+        call, self._under_way.call = self._under_way.call, None
         if call is None:
             return None
         if call.before is not None:

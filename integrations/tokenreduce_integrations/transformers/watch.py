@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,27 @@ class VisualInput:
         return {name: torch.cat([item.signals[name] for item in items]) for name in names}
 
 
-class VisualWatch:
+class Uncopyable:
+    """What a model holds while a pipeline is attached, and a copy of the model must not hold."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise AttachmentError(
+            "a model cannot be copied or pickled while a pipeline is attached: the copy's hooks "
+            "would act on the original. Detach, copy, and attach to each."
+        )
+
+
+class _Call(threading.local):
+    """What has been seen of the call under way; threads may share a model."""
+
+    def __init__(self) -> None:
+        self.encoded: dict[str, list[EncodedItem]] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.expected = False
+        self.inside_wrapper = False
+
+
+class VisualWatch(Uncopyable):
     """Wraps the owner's methods while attached.
 
     Args:
@@ -129,11 +150,8 @@ class VisualWatch:
         self.owner = owner
         self.family = family
         self._encoded_as = WeakTensorKeyDictionary()
-        self._latest_layouts: dict[tuple[str, int], Layout] = {}
-        self._encoded: dict[str, list[EncodedItem]] = {}
-        self._masks: dict[str, Tensor] = {}
-        self._expected = False
-        self._inside_wrapper = False
+        self._dense: dict[str, tuple[Tensor, Layout]] = {}
+        self._call = _Call()
         self._wrapped: dict[str, tuple[object, object]] = {}
         self._probe: Probe | None = None
         if signals and family.probe is not None:
@@ -154,18 +172,19 @@ class VisualWatch:
         Raises:
             AttachmentError: if features reached the sequence that were never seen being encoded.
         """
-        masks, self._masks = self._masks, {}
+        call = self._call
+        masks, call.masks = call.masks, {}
         if not masks:
             return None
-        self._expected = False
+        call.expected = False
         for modality in masks:
-            if modality not in self._encoded:
+            if modality not in call.encoded:
                 raise AttachmentError(
                     f"{modality} features reached {type(self.owner).__name__} that neither its "
                     f"get_{modality}_features nor mm_encoder_outputs gave: pass them through one "
                     "of the two."
                 )
-        return VisualInput(masks, {modality: self._encoded[modality] for modality in masks})
+        return VisualInput(masks, {modality: call.encoded[modality] for modality in masks})
 
     def detach(self) -> None:
         """Remove hooks and wrappers; detaching twice does nothing.
@@ -198,18 +217,22 @@ class VisualWatch:
         original = getattr(self.owner, name)
         signature = inspect.signature(original)
 
+        @outside_compilation
+        def look(result: Any, *args: Any, **kwargs: Any) -> None:
+            see(result, signature.bind(*args, **kwargs).arguments)
+
         # generate() chooses the arguments of an encoding call by the signature, so it is kept.
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._inside_wrapper:
+            if self._call.inside_wrapper:
                 # Some models encode video by way of their own image method.
                 return original(*args, **kwargs)
-            self._inside_wrapper = True
+            self._call.inside_wrapper = True
             try:
                 result = original(*args, **kwargs)
             finally:
-                self._inside_wrapper = False
-            see(result, signature.bind(*args, **kwargs).arguments)
+                self._call.inside_wrapper = False
+            look(result, *args, **kwargs)
             return result
 
         self._wrapped[name] = (vars(self.owner).get(name, _ABSENT), wrapper)
@@ -236,8 +259,9 @@ class VisualWatch:
         items = [EncodedItem(*item) for item in zip(layouts, signals, strict=True)]
         for feature, item in zip(features, items, strict=True):
             self._encoded_as[feature] = item
-            self._latest_layouts[modality, len(item.layout)] = item.layout
-        self._encoded[modality] = items
+        if isinstance(pooled, Tensor) and len(set(layouts)) == 1:
+            self._dense[modality] = (pooled[0, 0].detach().clone(), layouts[0])
+        self._call.encoded[modality] = items
 
     def _see_placeholders(self, output: Any, arguments: Mapping[str, Any]) -> None:
         """Remember which columns hold visual features, for the modalities that have features."""
@@ -245,39 +269,53 @@ class VisualWatch:
         for index, modality in enumerate(MODALITIES):
             if arguments.get(f"{modality}_features") is not None:
                 mask = masks[index] if len(masks) > 1 else masks[0]
-                self._masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
+                self._call.masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
 
-    def _encoded_earlier(self, modality: str, features: Sequence[Tensor]) -> list[EncodedItem]:
-        """What is known of features that were encoded before, perhaps repeated since for beams."""
-        items = []
-        for feature in features:
+    def _encoded_earlier(self, modality: str, pooled: Any) -> list[EncodedItem]:
+        """What is known of features that were encoded before.
+
+        A list of features stays the same tensors when it is repeated for beams. A dense tensor
+        becomes another one, so it is recognised by its first token.
+        """
+        items: list[EncodedItem] = []
+        first, layout = self._dense.get(modality, (None, None))
+        known = (
+            isinstance(pooled, Tensor)
+            and first is not None
+            and layout is not None
+            and pooled.shape[1] == len(layout)
+            and torch.equal(pooled[0, 0], first)
+        )
+        for feature in pooled:
             item = self._encoded_as.get(feature)
             if item is None:
-                length = feature.shape[0]
-                layout = self._latest_layouts.get((modality, length))
-                item = EncodedItem(Layout.line(length) if layout is None else layout, {})
+                guess = layout if known and layout is not None else Layout.line(feature.shape[0])
+                item = EncodedItem(guess, {})
             items.append(item)
         return items
 
     @outside_compilation
     def _before_owner(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._masks, self._encoded = {}, {}
+        call = self._call
+        call.masks, call.encoded = {}, {}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         for modality in MODALITIES:
             pooled = getattr(encoded.get(modality), "pooler_output", None)
             if pooled is not None:
-                self._encoded[modality] = self._encoded_earlier(modality, list(pooled))
+                call.encoded[modality] = self._encoded_earlier(modality, pooled)
         pixels = any(kwargs.get(name) is not None for name in _PIXELS)
-        self._expected = bool(self._encoded) or pixels
+        call.expected = bool(call.encoded) or pixels
 
     @outside_compilation
     def _after_owner(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._expected:
-            self._expected = False
+        if self._call.expected:
+            self._call.expected = False
             raise StageNotEngaged(
                 f"visual features went into {type(self.owner).__name__}, but the attached stages "
-                "never saw them: get_placeholder_mask was replaced after attaching, or this model "
-                "merges its features in another way. Detach, undo the replacement, attach again."
+                "never saw them. Either get_placeholder_mask was replaced after attaching (detach, "
+                "undo that, attach again), or the model ran compiled before (attach first, or call "
+                "torch.compiler.reset()), or it merges its features in another way, and needs an "
+                "adapter."
             )
 
 

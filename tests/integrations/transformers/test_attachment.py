@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -252,6 +254,109 @@ def test_gradients_flow_and_checkpointing_gives_the_same() -> None:
     )
 
 
+# -- caches ---------------------------------------------------------------------------------------
+
+
+def continued(model: Any, cache: Any, rows: int) -> torch.Tensor:
+    """Logits of one more token for each row."""
+    token = torch.tensor([[30 + row] for row in range(rows)])
+    with torch.no_grad():
+        return model(input_ids=token, past_key_values=cache).logits[:, -1]
+
+
+def prefilled(case: Case) -> Any:
+    with torch.no_grad():
+        return case.model(**case.batch(), use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_a_reduced_cache_can_be_copied(name: str, duplicate: Any) -> None:
+    case = CASES[name]()
+    with tr.attach(case.model, UnevenRandom()):
+        cache = prefilled(case)
+        twin = duplicate(cache)
+        expected = continued(case.model, cache, 2)
+        length = twin.get_seq_length()
+        assert length == case.inputs["input_ids"].shape[1]
+        assert torch.equal(continued(case.model, twin, 2), expected)
+        assert twin.get_seq_length() == length + 1
+
+
+def test_the_ledger_follows_the_rows_of_a_cache() -> None:
+    case = llava()
+    with tr.attach(case.model, UnevenRandom()):
+        expected = continued(case.model, prefilled(case), 2)
+        token = torch.tensor([[31], [30]])
+        swapped = prefilled(case)
+        swapped.batch_select_indices(torch.tensor([1, 0]))
+        with torch.no_grad():
+            logits = case.model(input_ids=token, past_key_values=swapped).logits[:, -1]
+        assert torch.allclose(logits.flip(0), expected, atol=1e-6)
+        one = prefilled(case)
+        one.batch_select_indices(torch.tensor([1]))
+        with torch.no_grad():
+            logits = case.model(input_ids=token[:1], past_key_values=one).logits[:, -1]
+        assert torch.allclose(logits[0], expected[1], atol=1e-5)
+        twice = prefilled(case)
+        twice.batch_repeat_interleave(2)
+        with torch.no_grad():
+            four = torch.tensor([[30], [30], [31], [31]])
+            logits = case.model(input_ids=four, past_key_values=twice).logits[:, -1]
+        assert torch.allclose(logits[::2], expected, atol=1e-6)
+        with pytest.raises(AttachmentError, match="holds 2 prompts"):
+            continued(case.model, prefilled(case), 1)
+
+
+def test_an_emptied_cache_starts_anew() -> None:
+    case = llava()
+    plain = generate(case)[0]
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=64)
+    options = {"past_key_values": cache, "disable_compile": True}
+    with tr.attach(case.model, UnevenRandom()):
+        expected = generate(case, **options)[0]
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(generate(case, **options)[0], expected)
+    cache.reset()
+    assert torch.equal(generate(case, **options)[0], plain)
+
+
+def test_a_reduced_cache_is_refused_after_detaching() -> None:
+    case = llava()
+    with tr.attach(case.model, UnevenRandom()):
+        cache = prefilled(case)
+    with pytest.raises(AttachmentError, match="continue it while"):
+        continued(case.model, cache, 2)
+
+
+def test_threads_may_share_a_model() -> None:
+    case = CASES["llava-several-images"]()
+    other = llava()
+    shared = Case(case.model, other.inputs, other.items)
+    with tr.attach(case.model, UnevenRandom()):
+        expected = [generate(case)[0], generate(shared)[0]]
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(generate, each) for _ in range(4) for each in (case, shared)]
+            for index, job in enumerate(jobs):
+                assert torch.equal(job.result()[0], expected[index % 2])
+
+
+def test_a_compiled_model_gives_the_same() -> None:
+    case = llava()
+    reducer = UnevenRandom()
+    expected = logits_while(case, reducer)
+    compiled = torch.compile(case.model, backend="eager")
+    with tr.attach(compiled, reducer), torch.no_grad():
+        assert torch.allclose(compiled(**case.batch()).logits, expected, atol=1e-5)
+    torch.compiler.reset()
+
+
+def logits_while(case: Case, reducer: tr.Reducer) -> torch.Tensor:
+    with tr.attach(case.model, reducer):
+        return logits(case)
+
+
 # -- no trace ------------------------------------------------------------------------------------
 
 
@@ -340,6 +445,10 @@ def test_disabled_and_budget_hold_for_their_context_only() -> None:
         generate(case)
         assert [item.tokens_out for item in run.receipt.items] == [8, 8]
         with pytest.raises(BudgetError, match="two budgets"), run.budget(keep=4, reduction=2):
+            pass
+        with pytest.raises(BudgetError, match="no budget"), run.budget():
+            pass
+        with pytest.raises(AttachmentError, match="stages 0 to 0"), run.budget(keep=4, stage=-1):
             pass
 
 
