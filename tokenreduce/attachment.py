@@ -156,15 +156,23 @@ class Attachment(ABC):
 class ModelAdapter(Protocol):
     """What an integration offers for a family of models."""
 
-    def attach(
-        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
-    ) -> Attachment:
-        """Put stages on a model.
+    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+        """Check that stages can run on a model, whose weights need not be there (meta device).
 
         Raises:
             UnsupportedModel: if the model has no visual tokens in its sequence.
             UnsupportedSite: if a stage's site cannot be served on it.
             MissingSignal: if a stage needs a signal that the model cannot give.
+        """
+        ...
+
+    def attach(
+        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+    ) -> Attachment:
+        """Put stages on a model, having checked them.
+
+        Raises:
+            TokenReduceError: as for :meth:`check`.
             AttachmentError: if something is attached already.
         """
         ...

@@ -38,6 +38,11 @@ class Budget:
     total: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("keep", "total"):
+            value = getattr(self, name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                # A fixed-width integer of NumPy would overflow further on.
+                object.__setattr__(self, name, int(value))
         given = {
             name: value
             for name in ("keep", "keep_ratio", "reduction")
@@ -129,7 +134,7 @@ class Budget:
 def _as_fraction(name: str, value: object) -> Fraction:
     """Read a ratio as the decimal its user typed: 0.1 is one tenth, not the nearest double."""
     if isinstance(value, Rational) and not isinstance(value, bool):
-        return Fraction(value)
+        return Fraction(int(value.numerator), int(value.denominator))
     if isinstance(value, Real) and not isinstance(value, bool):
         try:
             return Fraction(repr(float(value)))

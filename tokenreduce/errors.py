@@ -25,6 +25,10 @@ class ReductionError(TokenReduceError, ValueError):
     """A strategy returned a result that breaks its contract."""
 
 
+class PositionsError(ReductionError):
+    """A strategy kept a token twice, left a group empty, or named a token that is not there."""
+
+
 class MissingSignal(TokenReduceError, LookupError):
     """A strategy needs a signal that its tokens, or this model, cannot give."""
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
+from types import ModuleType
 from typing import Any, Literal
 
 import pluggy
@@ -24,7 +25,7 @@ from tokenreduce import hookspecs
 from tokenreduce.capabilities import StrategyRecord
 from tokenreduce.errors import PluginError, RegistrationError, did_you_mean
 from tokenreduce.hookspecs import GROUP, PLUGIN_API_VERSION
-from tokenreduce.registry import ComponentRecord, ModelAdapterRecord, Registry
+from tokenreduce.registry import ComponentRecord, ModelAdapterRegistry, Registry
 from tokenreduce.signals import SignalRecord
 
 State = Literal["loaded", "failed", "skipped"]
@@ -65,9 +66,7 @@ class Plugins:
     signals: Registry[SignalRecord] = field(
         default_factory=lambda: Registry("signal", SignalRecord)
     )
-    model_adapters: Registry[ModelAdapterRecord] = field(
-        default_factory=lambda: Registry("model adapter", ModelAdapterRecord)
-    )
+    model_adapters: ModelAdapterRegistry = field(default_factory=ModelAdapterRegistry)
     neighbor_backends: Registry[ComponentRecord] = field(
         default_factory=lambda: Registry("neighbor backend", ComponentRecord)
     )
@@ -111,7 +110,7 @@ class Plugins:
             return self._record(
                 PluginStatus(
                     name=name,
-                    module=getattr(plugin, "__name__", type(plugin).__name__),
+                    module=_module_name(plugin),
                     distribution=distribution,
                     state="failed",
                     error=_last_line(error),
@@ -122,7 +121,7 @@ class Plugins:
         return self._record(
             PluginStatus(
                 name=name,
-                module=getattr(plugin, "__name__", type(plugin).__name__),
+                module=_module_name(plugin),
                 distribution=distribution,
                 hooks=tuple(hooks),
                 registered=tuple(f"{registry.kind} {record}" for registry, record in added),
@@ -199,12 +198,17 @@ class Plugins:
 
     def _record(self, status: PluginStatus, error: BaseException | None = None) -> PluginStatus:
         self.statuses.append(status)
-        if error is not None and os.environ.get("TOKENREDUCE_STRICT") == "1":
+        if error is not None and strict():
             raise PluginError(
                 f"plugin {status.name!r} ({status.distribution or status.module}) failed: "
                 f"{status.error}"
             ) from error
         return status
+
+
+def strict() -> bool:
+    """Whether a failing plugin is an error, as ``TOKENREDUCE_STRICT=1`` says."""
+    return os.environ.get("TOKENREDUCE_STRICT") == "1"
 
 
 @cache
@@ -254,6 +258,10 @@ def _distribution(entry_point: metadata.EntryPoint) -> str:
     if dist is None or dist.metadata is None or "Name" not in dist.metadata:
         return ""
     return f"{dist.name} {dist.version}"
+
+
+def _module_name(plugin: object) -> str:
+    return plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
 
 
 def _last_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 from tokenreduce.capabilities import Site
-from tokenreduce.plugins import installed
+from tokenreduce.errors import PluginError
+from tokenreduce.plugins import installed, strict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,12 @@ class Receipt:
 
 
 def notify_observers(receipt: Receipt) -> None:
-    """Hand a receipt to every registered observer."""
+    """Hand a receipt to every registered observer; one that fails is warned of, no more."""
     observers = installed().observers
     for name in observers:
-        observers.resolve(name)(receipt)
+        try:
+            observers.resolve(name)(receipt)
+        except Exception as error:
+            if strict():
+                raise PluginError(f"observer {name!r} failed: {error!r}") from error
+            warnings.warn(f"observer {name!r} failed: {error!r}", RuntimeWarning, stacklevel=2)

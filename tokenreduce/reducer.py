@@ -51,6 +51,10 @@ class Reducer(ABC):
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for option, value in self.options().items():
+            if isinstance(value, list):
+                # Reducers are hashed: items of equal layout and reducer share a bucket.
+                object.__setattr__(self, option, tuple(value))
         if self.budget is not None and self.budget.keep == 0:
             raise BudgetError(
                 f"{self.name}: keep=0 would leave the LLM nothing to see of the image. Keep at "
@@ -171,6 +175,11 @@ class Reducer(ABC):
             MissingSignal: if a needed signal is missing.
             ReductionError: if the strategy breaks its contract.
         """
+        if not isinstance(tokens, VisualTokens):
+            raise TokensError(
+                f"{self.name} reduces VisualTokens, got {type(tokens).__name__}. Wrap features "
+                "with VisualTokens.from_grid(features, (height, width))."
+            )
         self.require_budget()
         reason = self.reason_to_keep_all(tokens.count - tokens.layout.protected_count)
         if reason:
@@ -286,7 +295,11 @@ class Merger(Reducer):
         )
 
 
-def _check_shape(reducer: Reducer, what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(reducer: Reducer, what: str, tensor: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ReductionError(
+            f"strategy {reducer.name!r} returned {type(tensor).__name__} for {what}, not a tensor."
+        )
     if tuple(tensor.shape) != shape:
         raise ReductionError(
             f"strategy {reducer.name!r} returned {what} of shape {tuple(tensor.shape)}, "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenreduce.errors import ReductionError
+from tokenreduce.errors import PositionsError, ReductionError
 from tokenreduce.ops.gathering import gather_tokens
 from tokenreduce.ops.merging import MergeWeights, compose, group_weights, merge_tokens
 from tokenreduce.plugins import installed
@@ -54,6 +54,10 @@ class Reduction:
             kept: ``(B, M)`` distinct indices in any order.
         """
         positions = kept.sort(-1).values
+        if not _ascending(positions, tokens.count):
+            raise PositionsError(
+                f"kept indices must be distinct and lie in [0, {tokens.count}), got {kept!r}."
+            )
         assignment = positions.new_full((tokens.batch, tokens.count), DROPPED)
         ranks = torch.arange(positions.shape[1], device=positions.device)
         assignment.scatter_(1, positions, ranks.expand_as(positions))
@@ -84,6 +88,10 @@ class Reduction:
             weights: ``(B, N)`` weight of each token in its group; its size if omitted.
         """
         n = tokens.count
+        if groups.is_floating_point() or bool(((groups < DROPPED) | (groups >= count)).any()):
+            raise ReductionError(
+                f"groups must be whole numbers in [0, {count}), or -1 for dropped tokens."
+            )
         if positions is None:
             index = torch.arange(n, device=groups.device).expand_as(groups)
             positions = groups.new_full((tokens.batch, count + 1), n)
@@ -256,11 +264,24 @@ class Reduction:
                     f"strategy {strategy!r} returned {name} of shape {tuple(tensor.shape)}, "
                     f"expected {shape} for {b} items of {n} tokens."
                 )
+        if self.positions.is_floating_point() or not _ascending(self.positions, n):
+            raise PositionsError(
+                f"strategy {strategy!r} returned positions that are not distinct, ascending "
+                f"indices of its {n} tokens: a token was kept twice, a group is empty, or an index "
+                "is out of range."
+            )
         if self.features.dtype != tokens.features.dtype:
             raise ReductionError(
                 f"strategy {strategy!r} returned features of type {self.features.dtype}, "
                 f"was given {tokens.features.dtype}. Accumulate in float32, then cast back."
             )
+
+
+def _ascending(positions: Tensor, n: int) -> bool:
+    """Whether each row holds distinct indices of [0, n), ascending."""
+    padded = torch.nn.functional.pad(positions, (1, 0), value=-1)
+    padded = torch.nn.functional.pad(padded, (0, 1), value=n)
+    return bool((padded.diff(dim=1) > 0).all())
 
 
 def _per_token_signals(tokens: VisualTokens) -> set[str]:

@@ -4,6 +4,7 @@ Listing a registry imports nothing but the plugins' registration functions, whic
 """
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -34,6 +35,7 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 D = TypeVar("D")
 
 
@@ -69,6 +71,17 @@ class ModelAdapterRecord(ComponentRecord):
 
     models: tuple[str, ...]
     loader: str = ""
+
+    def __post_init__(self) -> None:
+        models = self.models
+        if not isinstance(models, tuple | list) or not all(
+            isinstance(model, str) and "." in model for model in models
+        ):
+            raise RegistrationError(
+                f"model adapter {self.name!r}: models must be a tuple of qualified class names "
+                f"such as ('package.module.Class',), got {models!r}."
+            )
+        object.__setattr__(self, "models", tuple(models))
 
 
 class Registry(Mapping[str, R], Generic[R]):
@@ -112,8 +125,17 @@ class Registry(Mapping[str, R], Generic[R]):
         """Add a record.
 
         Raises:
-            RegistrationError: if the name is taken or the target is not ``"module:object"``.
+            RegistrationError: if the name is malformed or taken, or the target is not
+                ``"module:object"``.
         """
+        if not isinstance(record.name, str) or not _NAME.fullmatch(record.name):
+            raise RegistrationError(
+                f"{self.kind} {record.name!r}: a name is lower-case letters, digits, '.', '_' and "
+                "'-', and begins with a letter or a digit."
+            )
+        summary = getattr(record, "summary", "")
+        if not isinstance(summary, str) or "\n" in summary:
+            raise RegistrationError(f"{self.kind} {record.name!r}: summary must be one line.")
         taken = self._records.get(record.name)
         if taken is not None:
             raise RegistrationError(
@@ -147,6 +169,25 @@ class Registry(Mapping[str, R], Generic[R]):
             extra=record.extra,
             distribution=record.distribution.partition(" ")[0] or "tokenreduce",
         )
+
+
+class ModelAdapterRegistry(Registry[ModelAdapterRecord]):
+    """Model adapters: no two may claim the same class."""
+
+    def __init__(self) -> None:
+        super().__init__("model adapter", ModelAdapterRecord)
+
+    def add(self, record: ModelAdapterRecord) -> None:
+        for other in self._records.values():
+            shared = set(record.models) & set(other.models)
+            if shared:
+                raise RegistrationError(
+                    f"model adapter {record.name!r} of {record.distribution or 'this program'!r} "
+                    f"claims {', '.join(sorted(shared))}, which {other.name!r} of "
+                    f"{other.distribution or 'this program'!r} serves. Claim a subclass, or "
+                    "uninstall one of the two."
+                )
+        super().add(record)
 
 
 def import_target(

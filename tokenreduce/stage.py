@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tokenreduce.budget import Budget
 from tokenreduce.capabilities import SITES, Site
-from tokenreduce.errors import BudgetError, UnsupportedSite
+from tokenreduce.errors import BudgetError, PipelineError, UnsupportedSite
 from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.receipt import StageReceipt
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
@@ -27,6 +27,7 @@ class Stage:
         total: most tokens that all visual items of one prompt may keep together.
 
     Raises:
+        PipelineError: if ``reducer`` is none.
         UnsupportedSite: if the strategy does not run there.
         BudgetError: if ``total`` is out of range.
     """
@@ -36,6 +37,11 @@ class Stage:
     total: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reducer, Reducer):
+            raise PipelineError(
+                f"a stage runs a reducer, got {type(self.reducer).__name__}. Create one with "
+                "tokenreduce.create_strategy(name, reduction=16)."
+            )
         if self.site not in SITES:
             raise UnsupportedSite(f"unknown site {self.site!r}: one of {', '.join(SITES)}.")
         if self.total is not None:
@@ -125,6 +131,8 @@ def keep_all_outcomes(
             reason = reducer.reason_to_keep_all(len(layouts[i]) - layouts[i].protected_count)
             if not reason:
                 return None
+            if stage.total is not None:
+                reason = f"within the budget of the prompt (total={stage.total})"
             receipts[i].append(_stage_receipt(stage, layouts[i], len(layouts[i]), reason))
     return [ItemOutcome(reduction=None, stages=tuple(done)) for done in receipts]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from numbers import Integral
 from types import MappingProxyType
 
 import torch
@@ -27,6 +28,7 @@ class Layout:
     """
 
     def __init__(self, coords: Tensor, protected: Tensor | None = None) -> None:
+        _require_tensors(coords=coords, protected=protected)
         if coords.ndim != 2 or coords.shape[1] != 4:
             raise TokensError(
                 f"coords must have shape (N, 4) with (block, t, y, x) of each token, "
@@ -53,8 +55,11 @@ class Layout:
             grid: (T, H, W) or (H, W), in tokens.
             block: the tile or crop it belongs to.
         """
-        if len(grid) not in (2, 3) or any(int(side) < 1 for side in grid):
-            raise TokensError(f"a grid is (T, H, W) or (H, W) with positive sides, got {grid!r}.")
+        sides = list(grid) if isinstance(grid, Iterable) else []
+        if len(sides) not in (2, 3) or not all(isinstance(n, Integral) and n > 0 for n in sides):
+            raise TokensError(
+                f"a grid is (T, H, W) or (H, W) in whole, positive tokens, got {grid!r}."
+            )
         t, h, w = (1, *grid) if len(grid) == 2 else grid
         return _full_grid(int(t), int(h), int(w), block)
 
@@ -117,6 +122,18 @@ class Layout:
         return f"Layout({shape}, protected={self.protected_count})"
 
 
+def _require_tensors(**values: object) -> None:
+    """Refuse anything but tensors, and None for what may be left out.
+
+    Raises:
+        TokensError: naming the argument.
+    """
+    for name, value in values.items():
+        optional = name in ("protected", "sizes")
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            raise TokensError(f"{name} must be a torch tensor, got {type(value).__name__}.")
+
+
 @lru_cache(maxsize=1024)
 def _full_grid(t: int, h: int, w: int, block: int) -> Layout:
     """Shared, since the same grids come with every image: layouts do not change."""
@@ -151,6 +168,7 @@ class VisualTokens:
         sizes: Tensor | None = None,
         signals: Mapping[str, Tensor] | None = None,
     ) -> None:
+        _require_tensors(features=features, sizes=sizes, **dict(signals or {}))
         if features.ndim != 3 or not features.is_floating_point():
             raise TokensError(
                 "features must be floating point of shape (batch, tokens, channels), got "
@@ -201,6 +219,7 @@ class VisualTokens:
         Raises:
             TokensError: if the grid does not hold N tokens.
         """
+        _require_tensors(features=features)
         if features.ndim == 2:
             features = features[None]
         return cls(features, Layout.from_grid(grid), signals=signals)

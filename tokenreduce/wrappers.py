@@ -34,6 +34,7 @@ class GroupWise(Reducer):
     inner: Reducer
 
     def __post_init__(self) -> None:
+        _require_reducers(self.inner)
         super().__post_init__()
         if self.budget is not None and self.inner.budget is not None:
             raise BudgetError(
@@ -130,6 +131,7 @@ class Chain(Reducer):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reducers", tuple(self.reducers))
+        _require_reducers(*self.reducers)
         if not self.reducers:
             raise PipelineError("a chain needs at least one reducer.")
         if any(getattr(self, name) is not None for name in BUDGET_FIELDS):
@@ -177,6 +179,15 @@ def chain_item(item: VisualTokens, reducers: tuple[Reducer, ...]) -> Reduction:
         following = reducer(item)
         result = result.then(following)
     return result
+
+
+def _require_reducers(*inner: object) -> None:
+    for each in inner:
+        if not isinstance(each, Reducer):
+            raise PipelineError(
+                f"a wrapper takes reducers, got {each!r}. Create one with "
+                "tokenreduce.create_strategy(name)."
+            )
 
 
 def _relative(layout: Layout) -> Layout:

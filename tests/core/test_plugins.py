@@ -10,6 +10,7 @@ import pytest
 from tokenreduce.errors import PluginError
 from tokenreduce.hookspecs import PLUGIN_API_VERSION, hookimpl
 from tokenreduce.plugins import Plugins, PluginStatus, installed
+from tokenreduce.receipt import Receipt, notify_observers
 
 GOOD = """
     from tokenreduce import hookimpl
@@ -321,3 +322,61 @@ def test_every_hook_is_documented_and_has_a_registry() -> None:
     for hook in hooks:
         assert getattr(hookspecs, hook).__doc__
         assert hasattr(plugins, hook.removeprefix("register_"))
+
+
+def registering(hook: str, *args: Any, **fields: Any) -> SimpleNamespace:
+    """A plugin with one hook that registers one thing."""
+
+    def implementation(register: Any) -> None:
+        register(*args, **fields)
+
+    implementation.__name__ = hook
+    return SimpleNamespace(**{hook: hookimpl(implementation)})
+
+
+@pytest.mark.parametrize(
+    ("hook", "args", "fields", "message"),
+    [
+        ("register_strategies", (123, "m:C"), {"summary": "x"}, "a name is lower-case"),
+        ("register_strategies", ("", "m:C"), {"summary": "x"}, "a name is lower-case"),
+        ("register_strategies", ("a b", "m:C"), {"summary": "x"}, "a name is lower-case"),
+        ("register_strategies", ("ab", "m:C"), {"summary": "x\ny"}, "one line"),
+        ("register_model_adapters", ("zz", "m:C"), {"models": 5}, "models must be a tuple"),
+        ("register_model_adapters", ("zz", "m:C"), {"models": "a.B.C"}, "models must be a tuple"),
+        (
+            "register_model_adapters",
+            ("zz", "m:C"),
+            {"models": ("transformers.modeling_utils.PreTrainedModel",)},
+            "which 'transformers' of",
+        ),
+    ],
+)
+def test_bad_data_is_refused_and_harms_nothing(
+    hook: str, args: tuple[Any, ...], fields: dict[str, Any], message: str
+) -> None:
+    plugins = Plugins()
+    plugins.load_entry_points(metadata.entry_points(group="tokenreduce"))
+    status = plugins.load("acme", registering(hook, *args, **fields), distribution="acme 1.0")
+    assert status.state == "failed"
+    assert message in status.error
+    assert "lftr" in list(plugins.strategies)
+    assert "zz" not in plugins.model_adapters
+
+
+def test_an_observer_that_fails_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENREDUCE_STRICT", raising=False)
+    plugin = registering("register_observers", "loud", f"{__name__}:raise_something")
+    status = installed().load("acme", plugin)
+    assert status.state == "loaded", status.error
+    try:
+        with pytest.warns(RuntimeWarning, match="observer 'loud' failed: ValueError"):
+            notify_observers(Receipt())
+        monkeypatch.setenv("TOKENREDUCE_STRICT", "1")
+        with pytest.raises(PluginError, match="loud"):
+            notify_observers(Receipt())
+    finally:
+        installed().observers.remove("loud")
+
+
+def raise_something(receipt: Receipt) -> None:
+    raise ValueError("no")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tokenreduce as tr
-from support.reducers import UnevenRandom
-from tokenreduce.errors import MissingSignal, TokensError, UnknownName
+from support.reducers import Chooses, UnevenRandom
+from tokenreduce.errors import MissingSignal, PositionsError, TokensError, UnknownName
 
 
 def test_grids_are_recognised() -> None:
@@ -102,3 +102,26 @@ def test_items_of_one_layout_side_by_side_are_not_copied() -> None:
 def test_packing_refuses_layouts_that_do_not_fit() -> None:
     with pytest.raises(TokensError, match="layouts describe"):
         tr.PackedTokens(features=torch.zeros(3, 2), layouts=(tr.Layout.line(4),))
+
+
+@pytest.mark.parametrize("coords", [[[0, 0, 0, 0]] * 4, None, "grid"])
+def test_values_that_are_no_tensors_are_refused(coords: object) -> None:
+    with pytest.raises(TokensError, match="must be a torch tensor"):
+        tr.VisualTokens(torch.zeros(1, 4, 8), coords)
+    with pytest.raises(TokensError, match="features must be a torch tensor"):
+        tr.VisualTokens([[0.0]], tr.Layout.line(1))
+    with pytest.raises(TokensError, match="reduces VisualTokens"):
+        tr.create_strategy("norm-topk", keep=1)(torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize("grid", [6, None, (2.5, 2), "23", (1, 2, 3, 4)])
+def test_grids_that_are_none_are_refused(grid: object) -> None:
+    with pytest.raises(TokensError, match="a grid is"):
+        tr.VisualTokens.from_grid(torch.zeros(1, 6, 8), grid)
+
+
+def test_strategies_that_break_their_contract_are_caught() -> None:
+    tokens = tr.VisualTokens(torch.randn(1, 6, 4), tr.Layout.line(6))
+    for indices in ([0, 0], [0, 6], [-1, 2]):
+        with pytest.raises(PositionsError, match="distinct"):
+            Chooses(keep=2, indices=indices)(tokens)

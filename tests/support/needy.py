@@ -16,8 +16,21 @@ class Needy(tr.Scorer):
         return tokens.signal("class_attention")
 
 
+class NeedsJoint(Needy):
+    """Needs what no adapter captures."""
+
+
+NAMES = ("needy", "needs-joint")
+
+
 @tr.hookimpl
 def register_strategies(register: Any) -> None:
     register(
         "needy", f"{__name__}:Needy", summary="needs class attention", needs=("class_attention",)
+    )
+    register(
+        "needs-joint",
+        f"{__name__}:NeedsJoint",
+        summary="needs joint embeddings",
+        needs=("joint_image_embeddings",),
     )

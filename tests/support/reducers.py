@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops import content_seed, counter_uniform
-from tokenreduce.reducer import Grouping, Merger, Reducer
+from tokenreduce.reducer import Grouping, Merger, Reducer, Selector
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
 
@@ -47,3 +47,13 @@ class EveryOther(Merger):
         groups = groups.repeat(tokens.batch, 1)
         groups[:, 0] = -1
         return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooses(Selector):
+    """Keeps the given indices, right or wrong."""
+
+    indices: tuple[int, ...]
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        return torch.tensor([self.indices] * tokens.batch)

@@ -355,8 +355,8 @@ class DecidesWithoutSaying(Good):
 
 
 @caught_by("frozen")
-class HoldsAList(Good):
-    layers: list = field(default_factory=lambda: [1, 2])
+class HoldsADict(Good):
+    layers: dict = field(default_factory=lambda: {1: 2})
 
 
 @caught_by("yaml")

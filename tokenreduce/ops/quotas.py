@@ -38,40 +38,43 @@ def top_mask(scores: Tensor, counts: Tensor, *, scale: float | Tensor | None = N
     return surely | (tied & (tied.cumsum(-1) <= counts - surely.sum(-1, keepdim=True)))
 
 
-def apportion(weights: Tensor, total: int, cap: int, *, least: int = 0) -> Tensor:
+def apportion(weights: Tensor, total: int, cap: int | Tensor, *, least: int = 0) -> Tensor:
     """Share a total among rows in proportion to their weights, in whole numbers.
 
-    Every row is given ``least`` first, or as much as all can have alike; the rest goes out in
+    Every row is given ``least`` first, if the total allows that for all; the rest goes out in
     proportion. What a full row cannot take goes to the others. Fractions are settled by largest
     remainder, ties in favour of the first row.
 
     Args:
         weights: ``(..., T)`` floating point, not negative.
-        total: what to share, 0 <= total <= T * cap.
-        cap: the most that one row takes.
-        least: what each row takes, where the total is large enough.
+        total: what to share, from 0 to the sum of the caps.
+        cap: the most that a row takes, one number or ``(..., T)`` integers.
+        least: what each row takes, or its cap if that is less.
 
     Returns:
-        ``(..., T)`` integers in [0, cap] that sum to ``total``.
+        ``(..., T)`` integers within the caps that sum to ``total``.
     """
-    rows = weights.shape[-1]
-    least = min(least, cap, total // rows)
-    room, rest = cap - least, total - rows * least
+    most = torch.as_tensor(cap, device=weights.device).expand(weights.shape)
+    start = most.clamp(max=least)
+    start = torch.where(start.sum(-1, keepdim=True) <= total, start, 0)
+    room, rest = (most - start).double(), total - start.sum(-1, keepdim=True)
     weight = weights.double()
     mean = weight.mean(-1, keepdim=True)
     weight = torch.where(mean > 0, weight / mean, 1).clamp(min=SMALLEST_WEIGHT)
-    # With the m heaviest rows full, the others share what is left; the first m that fits holds.
-    ranked = weight.sort(dim=-1, descending=True).values
-    left_weight = ranked.flip(-1).cumsum(-1).flip(-1)
-    level = (rest - room * torch.arange(rows, device=weight.device)) / left_weight
-    fits = level * ranked <= room + SHARE_TOLERANCE
+    # With the m rows full that have the most weight for their room, the others share what is left;
+    # the first m that fits holds.
+    order = (weight / room).argsort(dim=-1, descending=True, stable=True)
+    ranked, space = weight.gather(-1, order), room.gather(-1, order)
+    filled = space.cumsum(-1) - space
+    level = (rest - filled) / ranked.flip(-1).cumsum(-1).flip(-1)
+    fits = level * ranked <= space + SHARE_TOLERANCE
     level = level.gather(-1, fits.to(torch.uint8).argmax(-1, keepdim=True))
-    share = (level * weight).clamp(max=room)
-    whole = (share + SHARE_TOLERANCE).floor().clamp(max=room)
+    share = torch.minimum(level * weight, room)
+    whole = torch.minimum((share + SHARE_TOLERANCE).floor(), room)
     remainder = (share - whole).masked_fill(whole == room, -torch.inf)
-    left = (rest - whole.sum(-1)).round().long()
+    left = (rest.squeeze(-1) - whole.sum(-1)).round().long()
     extra = top_mask(remainder, left, scale=SHARE_TOLERANCE / TIE_TOLERANCE)
-    return whole.long() + extra + least
+    return start + whole.long() + extra
 
 
 def kept_indices(mask: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from tokenreduce.errors import BudgetError, MissingSignal, TokenReduceError, TokensError
+from tokenreduce.errors import (
+    BudgetError,
+    MissingSignal,
+    PositionsError,
+    TokenReduceError,
+    TokensError,
+)
 from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
@@ -44,6 +50,7 @@ class Check:
         run: the function.
         after: checks without which this one says nothing.
         applies: why it does not apply to a subject; empty if it does.
+        leaves: errors that are the finding of another check.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Check:
     run: Callable[[Subject], None]
     after: tuple[str, ...] = ()
     applies: Callable[[Subject], str] = lambda subject: ""
+    leaves: tuple[type[TokenReduceError], ...] = ()
 
 
 CHECKS: dict[str, Check] = {}
@@ -72,10 +80,11 @@ def _check(
     *,
     after: tuple[str, ...] = (),
     applies: Callable[[Subject], str] = lambda subject: "",
+    leaves: tuple[type[TokenReduceError], ...] = (),
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
         meaning = (run.__doc__ or "").strip().partition("\n")[0]
-        CHECKS[name] = Check(name, meaning, run, after, applies)
+        CHECKS[name] = Check(name, meaning, run, after, applies, leaves)
         return run
 
     return add
@@ -180,7 +189,7 @@ def check_signals(subject: Subject) -> None:
         fail(f"declares the signal {name!r}, but raised no MissingSignal without it")
 
 
-@_check("shapes", after=("signals",))
+@_check("shapes", after=("signals",), leaves=(PositionsError,))
 def check_shapes(subject: Subject) -> None:
     """Outputs have the shapes, types and device of the contract."""
     for batch in (1, 2):
@@ -191,7 +200,7 @@ def check_shapes(subject: Subject) -> None:
             fail(f"{problem} (keep=9 of 35, batch of {batch})")
 
 
-@_check("budget", after=("shapes",))
+@_check("budget", after=("shapes",), leaves=(PositionsError,))
 def check_budget(subject: Subject) -> None:
     """It keeps what the budget says, however stated; less only if its count class allows."""
     for grid in ((6, 6), (5, 7), (1, 13)):

@@ -19,6 +19,10 @@ PARITY_MARK = {
 }
 
 
+#: Below this many columns a table shows names and summaries only.
+WIDE = 110
+
+
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell-style pattern of names.")] = "*",
     site: Annotated[
@@ -38,7 +42,7 @@ def list_(
         print_json([asdict(record) for record in records])
         return
     out = console()
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             record.name,
             ", ".join(record.sites),
@@ -51,7 +55,19 @@ def list_(
         )
         for record in records
     ]
-    columns = ("name", "sites", "kind", "count", "cost", "checked against", "summary", "from")
+    columns: tuple[str, ...] = (
+        "name",
+        "sites",
+        "kind",
+        "count",
+        "cost",
+        "checked against",
+        "summary",
+        "from",
+    )
+    if out.width < WIDE:
+        rows = [(row[0], row[6]) for row in rows]
+        columns = ("name", "summary")
     out.print(table(columns, rows))
     failed = [status.name for status in installed().statuses if status.state == "failed"]
     if failed:

@@ -39,14 +39,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     """A table of plain text: nothing in a cell is taken for markup.
 
     Args:
-        columns: headings; one that begins with ``>`` is aligned to the right.
+        columns: headings; one that begins with ``>`` is aligned to the right. The first column is
+            never cut.
         rows: cells; a :class:`rich.text.Text` keeps its style.
         title: printed above.
     """
     made = Table(title=title or None, title_justify="left", header_style="bold")
-    for heading in columns:
+    for index, heading in enumerate(columns):
         right = heading.startswith(">")
-        made.add_column(heading.removeprefix(">"), justify="right" if right else "left")
+        made.add_column(
+            heading.removeprefix(">"), justify="right" if right else "left", no_wrap=index == 0
+        )
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

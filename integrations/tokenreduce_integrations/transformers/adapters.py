@@ -8,6 +8,7 @@ from torch import nn
 
 from tokenreduce.attachment import Attachment
 from tokenreduce.errors import MissingSignal, UnsupportedSite
+from tokenreduce.plugins import installed
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
@@ -27,14 +28,20 @@ class TransformersAdapter:
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         decoder, owner = families.find_decoder(model), families.find_owner(model)
-        for stage in stages:
-            self._check(model, owner, stage)
+        self.check(model, stages)
         parameter = next(decoder.parameters())
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
         return TransformersAttachment(
             model, stages, family=self.family, decoder=decoder, owner=owner
         )
+
+    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+        """See :class:`tokenreduce.attachment.ModelAdapter`."""
+        families.find_decoder(model)
+        owner = families.find_owner(model)
+        for stage in stages:
+            self._check(model, owner, stage)
 
     def _check(self, model: nn.Module, owner: Any, stage: Stage) -> None:
         if stage.site not in self.family.sites:
@@ -47,13 +54,16 @@ class TransformersAdapter:
         offered = frozenset[str]() if probe is None else probe.offers(owner)
         missing = [name for name in stage.reducer.needs if name not in offered]
         if missing:
+            would_work = [
+                name
+                for name, record in installed().strategies.items()
+                if stage.site in record.sites and offered.issuperset(record.needs)
+            ]
             raise MissingSignal(
-                f"strategy {stage.reducer.name!r} needs the signal "
-                f"{', '.join(repr(name) for name in missing)}, which cannot be captured from "
-                f"{type(model).__name__} ({self.family.name} family; it gives "
-                f"{', '.join(sorted(offered)) or 'projected features only'}). "
-                "'tokenreduce list' shows strategies that read features alone, such as lftr and "
-                "divprune."
+                f"strategy {stage.reducer.name!r} needs {', '.join(map(repr, missing))}, which "
+                f"cannot be captured from {type(model).__name__} ({self.family.name} family; it "
+                f"gives {', '.join(sorted(offered)) or 'projected features only'}). "
+                f"What would work: {', '.join(would_work)}."
             )
 
 

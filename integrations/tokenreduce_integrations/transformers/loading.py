@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from tokenreduce.attachment import find_adapter
 from tokenreduce.backends import find_encoder_pruner, find_quantizer
 from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
 from tokenreduce.pipeline import ModelSettings
@@ -30,7 +32,7 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
 
     Args:
         settings: what to load, and how.
-        stages: the stages that will run on it; none of them changes how weights are read.
+        stages: the stages that will run on it, checked before weights are read.
 
     Returns:
         the model in evaluation mode on its device, and the processor.
@@ -38,7 +40,9 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
     Raises:
         PipelineError: if the path, the type, the device or the attention cannot be used.
         MissingExtra: if a backend needs a package that is not installed.
-        UnsupportedModel: if the vision encoder cannot be pruned.
+        UnsupportedModel: if the model cannot be reduced, or its vision encoder not pruned.
+        UnsupportedSite: if a stage's site cannot be served on the model.
+        MissingSignal: if a stage needs a signal that the model cannot give.
     """
     device = settings.torch_device
     arguments: dict[str, Any] = {"dtype": settings.torch_dtype}
@@ -63,8 +67,12 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     with _explained(settings):
-        # The smallest file comes first: without it the others are not worth asking for.
-        AutoConfig.from_pretrained(path)
+        # The smallest file comes first: without it the others are not worth asking for, and it
+        # says whether the stages can run before any weight is read.
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+        find_adapter(skeleton).check(skeleton, tuple(stages))
         processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
         model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
         if "device_map" not in arguments:

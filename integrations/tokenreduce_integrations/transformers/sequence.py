@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenreduce.errors import UnsupportedModel
 from tokenreduce.reduction import Reduction
 
 
@@ -107,15 +108,25 @@ def query_mask(attention_mask: object, past: int, batch: int, length: int) -> Te
         past: length of the cached sequence as the caller knows it.
         batch: B.
         length: S.
+
+    Raises:
+        UnsupportedModel: if the mask spans less than the sequence.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
     if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.ndim == 4:
-        last_row = attention_mask[:, 0, -1, past : past + length]
-        row = last_row if last_row.dtype == torch.bool else last_row == 0
-        return row.expand(batch, -1)
+        if attention_mask.shape[-1] < past + length:
+            raise UnsupportedModel(
+                f"a static cache with a sliding window of {attention_mask.shape[-1]} tokens, "
+                f"shorter than the sequence of {past + length}: use the default dynamic cache "
+                "while a pipeline is attached."
+            )
+        # A token sees itself whatever the window; padding is seen by nobody.
+        itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :length]
+        seen = itself if itself.dtype == torch.bool else itself == 0
+        return seen.expand(batch, -1)
     if attention_mask.shape[1] != past + length:
         return None
     return attention_mask[:, past:].bool()

@@ -28,7 +28,7 @@ def test_packed_answers_equal_generated_answers(loaded: Loaded) -> None:
     answers = packed.answer(model, features, positions, TEXTS)
     assert sum(map(len, TEXTS)) >= 32
     for scene, texts, given in zip(SCENES, TEXTS, answers, strict=True):
-        assert [generate(model, processor, scene, text) for text in texts] == given
+        assert generate(model, processor, scene, texts) == given
 
 
 def test_other_questions_do_not_change_a_reduced_answer(loaded: Loaded) -> None:
@@ -76,14 +76,18 @@ def encode(loaded: Loaded) -> Tensor:
 
 
 def generate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene, text: str
-) -> str:
-    """First word of the greedy answer to a prompt with one question."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(images=Image.fromarray(scene.image), text=prompt, return_tensors="pt")
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene, texts: list[str]
+) -> list[str]:
+    """First words of the greedy answers to prompts with one question each."""
+    contents = [[{"type": "image"}, {"type": "text", "text": text}] for text in texts]
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        for content in contents
+    ]
+    images = [Image.fromarray(scene.image)] * len(texts)
+    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=2)
-    words = processor.decode(output[0, inputs["input_ids"].shape[1] :]).split()
-    return str(words[0])
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return [processor.decode(row).split()[0] for row in new_tokens]

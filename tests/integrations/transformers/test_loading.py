@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from support import needy
 from tokenreduce.config import load_pipeline
-from tokenreduce.errors import MissingExtra, PipelineError
+from tokenreduce.errors import MissingExtra, MissingSignal, PipelineError
 from tokenreduce.hookspecs import hookimpl
 from tokenreduce.pipeline import ModelSettings
 from tokenreduce.plugins import installed
@@ -189,3 +190,20 @@ def test_a_backend_that_cannot_be_imported_stops_before_loading() -> None:
     with pytest.raises(Exception, match="quantizer 'absent'") as caught:
         load_model(settings("/no/such", quantization={"backend": "absent"}))
     assert not isinstance(caught.value, MissingExtra)
+
+
+def test_stages_are_checked_before_weights_are_read(tmp_path: Path) -> None:
+    plugins = installed()
+    assert plugins.load("needy", needy).state == "loaded"
+    folder = tmp_path / "model"
+    shutil.copytree(model_path("b"), folder)
+    (folder / "model.safetensors").unlink()
+    try:
+        pipeline = load_pipeline(
+            {"model": {"path": str(folder)}, "reduce": [{"strategy": "needs-joint", "keep": 4}]}
+        )
+        with pytest.raises(MissingSignal, match=r"joint_image_embeddings.*would work: .*lftr"):
+            pipeline.build()
+    finally:
+        for name in needy.NAMES:
+            plugins.strategies.remove(name)
