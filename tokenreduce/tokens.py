@@ -36,6 +36,8 @@ class Layout:
             )
         if coords.is_floating_point() or coords.dtype == torch.bool:
             raise TokensError(f"coords must be integers, got {coords.dtype}.")
+        if bool((coords < 0).any()):
+            raise TokensError("coords must not be negative: they count blocks, frames and tokens.")
         self.coords = coords.detach().to("cpu", torch.long).contiguous()
         n = self.coords.shape[0]
         if protected is None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.limits import require_matrix
 from tokenreduce.ops.quotas import top_mask
 from tokenreduce.ops.selection import first_argmax
 
@@ -48,8 +49,12 @@ def density_peaks(
 
     Returns:
         centres and assignment. Memory beside the features: bounded, n x n for a single item.
+
+    Raises:
+        TokensError: if n is too large for a matrix of that size.
     """
     batch, n, _ = features.shape
+    require_matrix(n, "density peaks")
     if takes_part is None:
         takes_part = torch.ones(batch, n, dtype=torch.bool, device=features.device)
     together = max(1, TILE_ENTRIES // n**2)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.limits import require_matrix
+
 #: Similarities are rounded to multiples of this, so that noise does not tell duplicates apart.
 RESOLUTION = 2.0**-20
 #: Entries of the Gram matrices held at a time: 16 Mi float32 values, 64 MiB.
@@ -36,7 +38,11 @@ def maximum_spanning_tree(unit: Tensor) -> SpanningTree:
     Returns:
         the trees; ties go to the lowest index. Memory beside the tokens: bounded, n x n for a
         single item.
+
+    Raises:
+        TokensError: if n is too large for a matrix of that size.
     """
+    require_matrix(unit.shape[1], "spanning trees")
     together = max(1, TILE_ENTRIES // unit.shape[1] ** 2)
     parents, similarities = zip(*(_grow(part) for part in unit.split(together)), strict=True)
     return SpanningTree(torch.cat(parents), torch.cat(similarities))

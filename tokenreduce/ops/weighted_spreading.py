@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.limits import require_matrix
 from tokenreduce.ops.selection import first_argmax
 from tokenreduce.ops.similarity import unit_vectors
 
@@ -24,7 +25,11 @@ def weighted_farthest_first(features: Tensor, weights: Tensor, k: int) -> Tensor
     Returns:
         ``(B, k)`` indices in the order they were picked; ties go to the lowest index. Memory beside
         the features: bounded, N x N for a single item.
+
+    Raises:
+        TokensError: if N is too large for a matrix of that size.
     """
+    require_matrix(features.shape[1], "weighted distances")
     together = max(1, TILE_ENTRIES // features.shape[1] ** 2)
     parts = zip(features.split(together), weights.float().split(together), strict=True)
     return torch.cat([_pick(unit_vectors(part), weight, k) for part, weight in parts])

@@ -261,10 +261,13 @@ def check_features(subject: Subject) -> None:
 @_check("no-mutation", after=("features",))
 def check_no_mutation(subject: Subject) -> None:
     """Inputs are left as they were."""
-    tokens = subject.image(5, 7, batch=2)
+    plain = subject.image(5, 7, batch=2)
+    sizes = 1 + plain.features[..., 0].abs().round()
+    tokens = VisualTokens(plain.features, plain.layout, sizes=sizes, signals=plain.signals)
     inputs: dict[str, Tensor] = {
         "features": tokens.features,
         "coords": tokens.layout.coords,
+        "sizes": sizes,
         **tokens.signals,
     }
     before = {name: tensor.clone() for name, tensor in inputs.items()}

@@ -34,7 +34,7 @@ def open_media(path: Path) -> Media:
     Raises:
         MediaError: if it is none of these.
     """
-    if path.is_dir():
+    if _is_dir(path):
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
         if not files:
             raise MediaError(f"{path}: the folder holds no frames. {_CLIP_HINT}")
@@ -138,9 +138,21 @@ def picture_seen(image: Image.Image, inputs: dict[str, Any], processor: Any) -> 
     return Image.fromarray(array.contiguous().numpy())
 
 
+def _is_dir(path: Path) -> bool:
+    """Whether a path is a folder.
+
+    Raises:
+        MediaError: if there is nothing, or the path is impossible.
+    """
+    try:
+        if path.exists():
+            return path.is_dir()
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{str(path)[:80]!r}: is not a path: {error}.") from error
+    raise MediaError(f"{path}: no such file or folder.")
+
+
 def _open_frames(path: Path) -> tuple[Image.Image, ...]:
-    if not path.exists():
-        raise MediaError(f"{path}: no such file or folder.")
     try:
         with Image.open(path) as opened:
             return tuple(

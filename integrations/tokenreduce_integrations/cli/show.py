@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tokenreduce.errors import PipelineError
 from tokenreduce.plugins import installed
 from tokenreduce_integrations.cli.output import Json, print_json, save_picture
 from tokenreduce_integrations.cli.run import Overrides
@@ -68,7 +69,10 @@ def show(
 
 
 def _pipeline(source: str, strategy: str, reduction: float) -> str | dict[str, Any]:
-    is_file = source.endswith((".yaml", ".yml")) or Path(source).is_file()
+    try:
+        is_file = source.endswith((".yaml", ".yml")) or Path(source).is_file()
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{source[:80]!r}: is neither a file nor a model: {error}.") from error
     if is_file or source in installed().presets:
         return source
     return {"model": {"path": source}, "reduce": [{"strategy": strategy, "reduction": reduction}]}

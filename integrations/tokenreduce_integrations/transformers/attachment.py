@@ -366,7 +366,9 @@ def _gather_outputs(embeds: Tensor, tokens: Tensor, choice: _Choice) -> tuple[Se
             merged.append((owner, kept, reduction.features[0]))
     keep = tokens.clone()
     keep[choice.rows, choice.columns] = False
-    keep[torch.cat(rows), torch.cat(columns)] = True
+    kept_rows, kept_columns = torch.cat(rows), torch.cat(columns)
+    # What the caller masked out stays out, whatever a strategy chose.
+    keep[kept_rows, kept_columns] = tokens[kept_rows, kept_columns]
     if merged:
         place_rows, place_columns, features = (
             torch.cat(parts) for parts in zip(*merged, strict=True)

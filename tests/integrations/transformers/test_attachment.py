@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import tokenreduce as tr
 from support import needy, reference
-from support.reducers import EveryOther, KeepsAll, UnevenRandom
+from support.reducers import Chooses, EveryOther, KeepsAll, UnevenRandom
 from support.tiny_models import (
     BOS,
     CASES,
@@ -529,6 +529,18 @@ def test_receipt_counts_what_happened() -> None:
     assert receipt.sequence_out == 60 - 48 + 12
     assert receipt.selection_ms > 0
     assert receipt.as_dict()["items"][0]["stages"][0]["strategy"] == "norm-topk"
+
+
+def test_tokens_that_the_caller_masked_out_stay_out() -> None:
+    case = llava("right")
+    mask = case.inputs["attention_mask"]
+    mask[0, 6:10] = 0
+    with torch.no_grad():
+        stock = case.model(**case.batch()).logits[0, -1]
+        # The one token that goes is among those that are masked out anyhow.
+        with tr.attach(case.model, Chooses(keep=15, indices=[i for i in range(16) if i != 5])):
+            attached = case.model(**case.batch()).logits[0, -1]
+    assert (attached - stock).abs().max() < 1e-5
 
 
 def test_reasons_where_nothing_was_reduced() -> None:
