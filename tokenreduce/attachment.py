@@ -184,7 +184,7 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
     Args:
         model: a multimodal model of a library that an installed adapter serves.
         pipeline: a reducer (used at the projector site), a stage, several of them, or a pipeline.
-        processor: the model's processor, for strategies that read the prompt.
+        processor: the model's processor, handed to the adapter, which may read the prompt with it.
 
     Returns:
         the attachment; use it as a context manager or call its ``detach``.

@@ -63,6 +63,11 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise PipelineError(f"path must be a folder or a hub name, got {self.path!r}.")
+        for option in ("dtype", "device"):
+            if not isinstance(getattr(self, option), str):
+                raise PipelineError(
+                    f"{option} must be a name, such as 'auto', got {getattr(self, option)!r}."
+                )
         found = getattr(torch, self.dtype, None) if self.dtype != "auto" else torch.float32
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise PipelineError(
@@ -151,6 +156,8 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         name = self.source or "pipeline"
+        if not isinstance(self.stages, tuple | list):
+            raise PipelineError(f"{name}: stages must be a tuple, got {self.stages!r}.")
         stages = []
         for given in self.stages:
             stage = Stage(reducer=given) if isinstance(given, Reducer) else given

@@ -10,9 +10,11 @@ Environment:
 """
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
@@ -150,7 +152,9 @@ class Plugins:
                 continue
             started = time.perf_counter()
             try:
-                plugin = entry_point.load()
+                # What a plugin prints must not end up in a program's own output.
+                with redirect_stdout(sys.stderr):
+                    plugin = entry_point.load()
             except (Exception, SystemExit) as error:  # noqa: BLE001 (recorded, as above)
                 self._record(
                     PluginStatus(

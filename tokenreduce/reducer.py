@@ -181,6 +181,9 @@ class Reducer(ABC):
                 "with VisualTokens.from_grid(features, (height, width))."
             )
         self.require_budget()
+        if tokens.batch == 0:
+            nothing = tokens.features.new_empty((0, self.count(tokens.count)), dtype=torch.long)
+            return Reduction.from_kept(tokens, nothing)
         reason = self.reason_to_keep_all(tokens.count - tokens.layout.protected_count)
         if reason:
             return Reduction.identity(tokens, reason=reason)
@@ -192,6 +195,8 @@ class Reducer(ABC):
                 f"{tuple(tokens.features.shape)}, type {tokens.features.dtype}). The encoder or "
                 "projector overflowed; in float16 try bfloat16."
             )
+        if tokens.has_sizes and not bool((tokens.sizes > 0).all() & tokens.sizes.isfinite().all()):
+            raise TokensError(f"{self.name}: sizes must be positive and finite.")
         for name in self.needs:
             tokens.signal(name)
         if tokens.layout.protected_count == 0:

@@ -5,7 +5,9 @@ Listing a registry imports nothing but the plugins' registration functions, whic
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -207,7 +209,8 @@ def import_target(
     """
     module_name, _, attribute = target.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         own = f"{module_name}.".startswith(f"{error.name}.")
         if extra and error.name and not own:

@@ -247,6 +247,11 @@ class VisualTokens:
         return self.layout.protected.to(self.features.device)
 
     @property
+    def has_sizes(self) -> bool:
+        """Whether tokens stand for other numbers of source tokens than one."""
+        return self._sizes is not None
+
+    @property
     def sizes(self) -> Tensor:
         """``(B, N)`` float32: how many source tokens each token stands for."""
         if self._sizes is None:

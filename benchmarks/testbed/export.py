@@ -27,8 +27,8 @@ from tokenreduce_integrations.testbed.models import model_path
 from tokenreduce_integrations.testbed.scenes import IMAGE_SIZE, PATCH_SIZE, QUESTION_TYPES
 from tokenreduce_integrations.testbed.vocabulary import BOS, EOS, IMAGE, PAD, TOKEN_IDS, UNKNOWN
 
-CARD_SEED = 20_001
-"""Seed of the scenes of the card; neither trained on nor looked at while training."""
+CARD_SEED = 40_961
+"""Seed of the scenes of the card, which no choice in training was based on."""
 REPORTED_MARGIN = 0.15
 """A type is reported if its accuracy exceeds the majority baseline by this much."""
 

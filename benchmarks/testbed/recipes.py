@@ -30,6 +30,19 @@ HARD_MIX = {
     "column": 0.05,
 }
 
+RELATION_MIX = {
+    "color": 0.04,
+    "shape": 0.04,
+    "count": 0.16,
+    "exist": 0.1,
+    "rel": 0.42,
+    "where": 0.05,
+    "digit": 0.1,
+    "background": 0.03,
+    "row": 0.03,
+    "column": 0.03,
+}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -76,6 +89,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
         Stage("vision", 2500, 24, 1.5e-3, _LABELS),
         Stage("joint", 1500, 40, 1.5e-3, _with_answers(_LABELS, 0.4), horizon=3000),
         Stage("grounded", 1900, 40, 1.2e-3, _grounded(_LABELS, 0.3), HARD_MIX, plateau=0.2),
+        Stage("relations", 600, 40, 1e-3, _grounded(_LABELS, 0.2), RELATION_MIX, plateau=0.3),
     ),
     "b": (
         Stage("vision", 3500, 24, 1.5e-3, _CAPTIONS),

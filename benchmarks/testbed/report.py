@@ -123,9 +123,9 @@ def model_section(result: dict[str, Any], heading: str) -> list[str]:
         f"## {heading}",
         "",
         (
-            f"{result['scenes']} scenes of seed {result['scene_seed']}, {result['questions']} distinct "
-            f"questions of the types {', '.join(result['types'])} (left out because the model has not "
-            f"learned them: {left_out}). Unreduced, with {result['tokens']} tokens: "
+            f"{result['scenes']} scenes of seed {result['scene_seed']}, {result['questions']} "
+            f"distinct questions of the types {', '.join(result['types'])} (left out because the "
+            f"model has not learned them: {left_out}). Unreduced, with {result['tokens']} tokens: "
             f"{interval(result['unreduced']['macro'])}."
         ),
         "",
@@ -147,7 +147,7 @@ def model_section(result: dict[str, Any], heading: str) -> list[str]:
 def tuning_section(tuning: dict[str, Any], rows: int = 8) -> list[str]:
     """The best settings of the grid, and the range that the grid spans."""
     reductions = [f"{reduction:g}x" for reduction in tuning["reductions"]]
-    settings = ("spare", "redundant", "size_power", "whole_power")
+    settings = ("redundant", "spare")
     lines = [
         "## How LFTR's parameters were chosen",
         "",
@@ -158,10 +158,8 @@ def tuning_section(tuning: dict[str, Any], rows: int = 8) -> list[str]:
             f"{rows} of {len(tuning['rows'])} settings and the worst:"
         ),
         "",
-        "| spare | redundant | size power a | whole power b | "
-        + " | ".join(reductions)
-        + " | mean |",
-        "|" + "---|" * (5 + len(reductions)),
+        "| redundant | spare | " + " | ".join(reductions) + " | mean |",
+        "|" + "---|" * (3 + len(reductions)),
     ]
     for row in [*tuning["rows"][:rows], tuning["rows"][-1]]:
         cells = [f"{row[name]:g}" for name in settings]
@@ -224,8 +222,8 @@ def main() -> None:
         ),
         "",
         (
-            "The score is the macro average over question types; no question occurs twice in a scene; "
-            "intervals are 95 % bootstraps over scenes, and those of differences are paired. "
+            "The score is the macro average over question types; no question occurs twice in a "
+            "scene; intervals are 95 % bootstraps over scenes, those of differences are paired. "
             f"*Non-inferior* means that the lower end lies above -{100 * results['b']['margin']:g} "
             "points."
         ),
@@ -238,8 +236,8 @@ def main() -> None:
         "## What this does not show",
         "",
         (
-            "- Small models, 96 x 96 pixels, synthetic scenes with much plain background: orderings "
-            "may differ on photographs and documents."
+            "- Small models, 96 x 96 pixels, synthetic scenes with much plain background: "
+            "orderings may differ on photographs and documents."
         ),
         "- One training run of each model. The intervals are over scenes, not over trainings.",
         "- norm-topk is at its worst here: these encoders give the background the larger norms.",

@@ -4,7 +4,7 @@
 
 Each setting answers the questions of three sets of scenes whose seeds no result is reported on. The
 table gives its share of the unreduced accuracy at 4x, 8x and 16x, and their mean. Settings that
-differ by less than half a point are not told apart here; the round numbers among them are preferred.
+differ by less than half a point are not told apart here; among them round numbers are preferred.
 """
 
 import argparse
@@ -16,16 +16,14 @@ import numpy as np
 import torch
 import transformers
 
-import tokenreduce_strategies.lftr as lftr
 from tokenreduce_integrations.testbed.evaluation import Bootstrap, answer_questions, encode_scenes
 from tokenreduce_integrations.testbed.models import card, load
+from tokenreduce_strategies.lftr import LFTR
 
 SEEDS = (111, 112, 113)
 REDUCTIONS = (4.0, 8.0, 16.0)
+REDUNDANT = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 SPARE = (1.0, 1.5, 2.0, 3.0)
-REDUNDANT = (0.25, 0.5)
-SIZE_POWERS = (0.5, 1.0)
-WHOLE_POWERS = (0.0, 0.5, 1.0)
 
 
 def tune(scenes: int) -> dict[str, Any]:
@@ -37,13 +35,10 @@ def tune(scenes: int) -> dict[str, Any]:
         encoded = encode_scenes(model, processor, seed=seed, scenes=scenes, types=types)
         sets.append((encoded, Bootstrap(encoded, resamples=2), answer_questions(model, encoded)))
     rows = []
-    grid = itertools.product(SPARE, REDUNDANT, SIZE_POWERS, WHOLE_POWERS)
-    chosen = lftr.SIZE_POWER, lftr.WHOLE_POWER
-    for spare, redundant, size_power, whole_power in grid:
-        vars(lftr).update(SIZE_POWER=size_power, WHOLE_POWER=whole_power)
+    for redundant, spare in itertools.product(REDUNDANT, SPARE):
         shares = []
         for reduction in REDUCTIONS:
-            reducer = lftr.LFTR(reduction=reduction, spare=spare, redundant=redundant)
+            reducer = LFTR(reduction=reduction, spare=spare, redundant=redundant)
             values = [
                 bootstrap.share(answer_questions(model, encoded, reducer), unreduced).value
                 for encoded, bootstrap, unreduced in sets
@@ -51,15 +46,12 @@ def tune(scenes: int) -> dict[str, Any]:
             shares.append(round(float(np.mean(values)), 4))
         rows.append(
             {
-                "spare": spare,
                 "redundant": redundant,
-                "size_power": size_power,
-                "whole_power": whole_power,
+                "spare": spare,
                 "shares": shares,
                 "mean": round(float(np.mean(shares)), 4),
             }
         )
-    vars(lftr).update(SIZE_POWER=chosen[0], WHOLE_POWER=chosen[1])
     return {
         "model": "a",
         "scene_seeds": SEEDS,

@@ -43,6 +43,165 @@ def register_strategies(register: Register) -> None:
         paper="2210.09461",
     )
     register(
+        "fastervlm",
+        f"{here}.fastervlm:FasterVLM",
+        summary="Keeps the tokens that the class token attends to most.",
+        kind="prune",
+        cost="score",
+        needs=("class_attention",),
+        parity="official",
+        paper="2412.01818",
+    )
+    register(
+        "visionzip",
+        f"{here}.visionzip:VisionZip",
+        summary="Keeps dominant tokens by class attention, merges the rest into spaced ones.",
+        kind="merge",
+        cost="neighbor",
+        needs=("class_attention", "keys"),
+        parity="official",
+        paper="2412.04467",
+    )
+    register(
+        "cdpruner",
+        f"{here}.cdpruner:CDPruner",
+        summary="Keeps relevant and diverse tokens: greedy determinant conditional on the prompt.",
+        kind="prune",
+        cost="greedy",
+        needs=("joint_image_embeddings", "joint_text_embeddings"),
+        parity="official",
+        paper="2506.10967",
+    )
+    register(
+        "scope",
+        f"{here}.scope:Scope",
+        summary="Keeps tokens that cover the image, weighted by class attention.",
+        kind="prune",
+        cost="coverage",
+        needs=("class_attention",),
+        parity="official",
+        paper="2510.24214",
+    )
+    register(
+        "vispruner",
+        f"{here}.vispruner:VisPruner",
+        summary="Keeps attended tokens, and diverse ones of the rest by step-wise thinning.",
+        kind="prune",
+        cost="removal",
+        needs=("class_attention",),
+        parity="official",
+        paper="2412.01818",
+    )
+    register(
+        "prumerge",
+        f"{here}.prumerge:PruMerge",
+        summary="Keeps outliers of the class attention, with the others merged into them.",
+        kind="merge",
+        count="adaptive",
+        cost="neighbor",
+        needs=("class_attention", "keys"),
+        parity="official",
+        paper="2403.15388",
+    )
+    register(
+        "prumerge-plus",
+        f"{here}.prumerge_plus:PruMergePlus",
+        summary="PruMerge with evenly spaced tokens beside the outliers.",
+        kind="merge",
+        count="adaptive",
+        cost="neighbor",
+        needs=("class_attention", "keys"),
+        parity="official",
+        paper="2403.15388",
+    )
+    register(
+        "trim",
+        f"{here}.trim:Trim",
+        summary="Keeps tokens relevant to the prompt, and the mean of the others.",
+        kind="merge",
+        count="adaptive",
+        cost="score",
+        needs=("joint_image_embeddings", "joint_text_embeddings"),
+        parity="official",
+        paper="2409.10994",
+    )
+    register(
+        "hired",
+        f"{here}.hired:HiRED",
+        summary="Keeps attended tokens, tile by tile, on budgets that the thumbnail sets.",
+        kind="prune",
+        cost="score",
+        needs=("class_attention",),
+        parity="official",
+        paper="2408.10945",
+    )
+    register(
+        "gprune",
+        f"{here}.gprune:GPrune",
+        summary="Keeps tokens in which information gathers on a graph of similar tokens.",
+        kind="prune",
+        cost="neighbor",
+        parity="official",
+        paper="2501.02268",
+    )
+    register(
+        "folder",
+        f"{here}.folder:Folder",
+        summary="Merges similar tokens by folding: bipartite matching, halving repeatedly.",
+        kind="merge",
+        cost="bipartite",
+        parity="official",
+        paper="2501.02430",
+    )
+    register(
+        "prunesid",
+        f"{here}.prunesid:PruneSID",
+        summary="Keeps important, diverse tokens of every principal component.",
+        kind="prune",
+        cost="removal",
+        needs=("class_attention",),
+        parity="official",
+        paper="2603.09480",
+    )
+    register(
+        "mmr",
+        f"{here}.mmr:MMR",
+        summary="Keeps tokens of high score, unlike each other: maximal marginal relevance.",
+        kind="prune",
+        cost="greedy",
+        needs=("class_attention",),
+        parity="none",
+    )
+    register(
+        "greedyprune",
+        f"{here}.greedyprune:GreedyPrune",
+        summary="Keeps tokens that matter to the prompt and do not repeat each other.",
+        kind="prune",
+        cost="greedy",
+        needs=("prompt_embeddings",),
+        parity="description",
+        paper="2506.13166",
+    )
+    register(
+        "otprune",
+        f"{here}.otprune:OTPrune",
+        summary="Keeps tokens distributed like all of them: greedy log-determinant.",
+        kind="prune",
+        cost="greedy",
+        parity="description",
+        paper="2602.20205",
+    )
+    register(
+        "holov",
+        f"{here}.holov:HoloV",
+        summary="Keeps attended tokens of every region, on budgets by attention and variety.",
+        kind="prune",
+        cost="neighbor",
+        needs=("class_attention",),
+        parity="description",
+        paper="2510.02912",
+    )
+    register(
         "random",
         f"{here}.random_keep:RandomKeep",
         summary="Control: keeps random tokens, seeded by content.",
@@ -74,6 +233,132 @@ def register_strategies(register: Register) -> None:
         cost="score",
         needs_grid=True,
         paper="2602.05275",
+    )
+    register(
+        "evs",
+        f"{here}.evs:EVS",
+        summary="Keeps the first frame of a clip, and what changes from frame to frame.",
+        kind="prune",
+        cost="score",
+        needs_grid=True,
+        parity="official",
+        paper="2510.14624",
+    )
+    register(
+        "vidcom2",
+        f"{here}.vidcom2:VidCom2",
+        summary="Keeps what is unusual in its frame and in the video, more of unusual frames.",
+        kind="prune",
+        cost="score",
+        needs_grid=True,
+        parity="official",
+        paper="2505.14454",
+    )
+    register(
+        "dycoke",
+        f"{here}.dycoke:DyCoke",
+        summary="In groups of four frames, later ones keep what their forerunner lacks.",
+        kind="prune",
+        cost="score",
+        needs_grid=True,
+        parity="official",
+        paper="2411.15024",
+    )
+    register(
+        "aim",
+        f"{here}.aim:AIM",
+        summary="Merges similar tokens within each frame (the part before the LLM).",
+        kind="merge",
+        cost="per_frame",
+        needs_grid=True,
+        parity="official",
+        paper="2412.03248",
+    )
+    register(
+        "flashvid",
+        f"{here}.flashvid:FlashVID",
+        summary="Keeps salient diverse tokens of each frame, and merges the others in trees.",
+        kind="merge",
+        cost="per_frame",
+        needs=("class_attention",),
+        needs_grid=True,
+        parity="official",
+        paper="2602.08024",
+    )
+    register(
+        "scissor",
+        f"{here}.scissor:Scissor",
+        summary="Merges connected components of similar tokens, in frames and over time.",
+        kind="merge",
+        count="adaptive",
+        cost="per_frame",
+        needs_grid=True,
+        parity="official",
+        paper="2506.21862",
+    )
+    register(
+        "sttm",
+        f"{here}.sttm:STTM",
+        summary="Merges uniform regions of frames by quadtrees, and what stays alike over time.",
+        kind="merge",
+        count="adaptive",
+        cost="per_frame",
+        needs_grid=True,
+        parity="official",
+        paper="2507.07990",
+    )
+    register(
+        "holitom",
+        f"{here}.holitom:HoliTom",
+        summary="Merges what stands still in windows of frames, thins the rest by attention.",
+        kind="merge",
+        cost="per_frame",
+        needs=("class_attention",),
+        needs_grid=True,
+        parity="official",
+        paper="2505.21334",
+    )
+    register(
+        "framefusion",
+        f"{here}.framefusion:FrameFusion",
+        summary="Merges runs of tokens that repeat the frame before.",
+        kind="merge",
+        count="adaptive",
+        cost="score",
+        needs_grid=True,
+        parity="official",
+        paper="2501.01986",
+    )
+    register(
+        "vcast",
+        f"{here}.vcast:VCAST",
+        summary="Keeps what stands out in its frame, more where the video turns.",
+        kind="prune",
+        cost="score",
+        needs_grid=True,
+        parity="description",
+        paper="2603.27650",
+    )
+    register(
+        "fastvid",
+        f"{here}.fastvid:FastVID",
+        summary="Keeps salient tokens, merges the rest of each segment into density peaks.",
+        kind="merge",
+        cost="per_frame",
+        needs=("class_attention",),
+        needs_grid=True,
+        parity="description",
+        paper="2503.11187",
+    )
+    register(
+        "prunevid",
+        f"{here}.prunevid:PruneVid",
+        summary="Merges still places of scenes over time, and similar tokens in space.",
+        kind="merge",
+        cost="per_frame",
+        needs_grid=True,
+        parity="description",
+        paper="2412.16117",
     )
     for name, wrapper, summary, count in (
         ("per-frame", "PerFrame", "Applies an image strategy to each frame.", "exact"),

@@ -12,21 +12,26 @@ equations, settings and code are not public; they claim up to 16x fewer visual t
 Notation: tokens x_i with sizes s_i (source tokens each stands for), unit vectors u_i = x_i / |x_i|
 (all zero vectors share one direction), mean m = sum_i s_i u_i / sum_i s_i. The *difference* of two
 tokens is d_ij = (1 - u_i . u_j) / (1 - |m|^2): 1 for a pair drawn at random, whatever the spread
-of the encoder's features. A token is *redundant* beside another if d_ij <= ``redundant``.
+of the encoder's features.
 
 Algorithm, for N tokens and a budget of k:
-    1. time (clips only): link each token to the one at the same place in the frame before, if
-       redundant beside it. Every such link earns time one token of the cut; the most redundant
-       N - k links at most are taken. Runs of links become one token, their size-weighted mean, at
-       the place of the earliest. n tokens remain.
-    2. grouping: pick R = min(n, ceil(``spare`` k)) representatives: first the token most similar
-       to m, then always the one that differs most from its nearest representative. Each redundant
-       token joins the group of its nearest representative; others stay alone.
-    3. space: the significance of a group r of size S_r is S_r^a (d_r)^b h_r, where d_r is the
-       difference of its representative from the whole, (1 - u_r . m) / (1 - |m|^2), and h_r that
-       from its most similar group of no smaller size (of equal sizes, the earlier counts as
-       larger; the largest group has its largest difference from any). The k most significant
-       groups stay, each as the size-weighted mean of its tokens, at its representative's place.
+    1. time (clips only): link each token to the one at the same place in the frame before, if their
+       difference is at most ``still``. Every such link earns time one token of the cut; at most
+       N - k are taken, those of least difference. Runs of links become one token, their
+       size-weighted mean, at the place of the earliest. n tokens remain.
+    2. grouping: a token is redundant beside another if their difference is at most ``redundant``.
+       Pick representatives: first the token most similar to m; then, while any token is not
+       redundant beside its nearest representative, the one that differs most from it, up to
+       min(n, ceil(``spare`` k)). If all are redundant before there are k, pick on up to k the token
+       of largest difference times the size of its group, so that what is left of the budget goes
+       to contents in proportion to their extent. Redundant tokens form the group of their nearest
+       representative; others stay alone.
+    3. space: the significance of a group r of size S_r is S_r d_r h_r, where d_r is the difference
+       of its representative from the whole, (1 - u_r . m) / (1 - |m|^2), and h_r that from its most
+       similar group of no smaller size (of equal sizes, the earlier counts as larger; the largest
+       group has its largest difference from any). Groups of least significance go until k are
+       left; their tokens join the nearest of these if redundant beside it, else they go too. Each
+       group becomes the size-weighted mean of its tokens, at its representative's place.
     More than W = 4096 tokens after step 1 are cut into at most k equal runs of at most W where k
     allows; steps 2 and 3 treat each run by itself with a share of k in proportion to its length.
 
@@ -34,8 +39,8 @@ Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> 
 count is exact for every layout. Protected tokens stand outside.
 
 Cost: time O(N D); grouping one Gram matrix of each run, O(n min(n, W) D) time and O(W^2) memory,
-then R steps of O(n); space O(R n D + R^2). Memory beside the features O(N D). Nothing is N x N for
-large N.
+then R <= ``spare`` k steps of O(n); space O(R n D + R^2). Memory beside the features O(N D).
+Nothing is N x N for large N.
 
 From the abstracts: reduction along time by merging adjacent tokens, along space by dropping less
 significant ones; no training; a budget of up to 16x. Free choices, all ours:
@@ -43,10 +48,12 @@ significant ones; no training; a budget of up to 16x. Free choices, all ours:
     - matching in time: same place, neighbouring frames, chained; what moves is matched freely, by
       the representatives of step 2, which see all frames of a run;
     - split of the budget: time takes what its redundant links earn, space the rest;
-    - representatives: spread ones (farthest first), more than are kept, so that step 3 chooses;
+    - representatives: spread ones (farthest first), more than are kept where there is that much to
+      represent, so that step 3 chooses; by extent where there is not;
     - weighting: by size, so that a mean of means is the mean of the source tokens;
-    - significance: the product above; exponents a and b, ``redundant`` and ``spare`` were chosen on
-      one small model with tuning scenes (see the testbed's results);
+    - significance: the plain product, without exponents to tune;
+    - ``redundant`` and ``spare`` were chosen on one small model with tuning scenes (see the
+      testbed's results), ``still`` was not tuned;
     - tokens of a dropped group that repeat no kept one are lost, not averaged into it;
     - ties go to the lowest index.
 
@@ -72,7 +79,7 @@ from torch import Tensor
 from tokenreduce.budget import Budget
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import (
-    farthest_first,
+    TIE_TOLERANCE,
     first_argmax,
     gather_tokens,
     group_weights,
@@ -84,10 +91,6 @@ from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import Layout, VisualTokens
 
-SIZE_POWER: Final = 1.0
-"""The exponent a of a group's size."""
-WHOLE_POWER: Final = 0.5
-"""The exponent b of a group's difference from the whole."""
 RUN_TOKENS: Final = 4096
 """W: tokens of the largest Gram matrix, 64 MiB."""
 NOISE: Final = 1e-5
@@ -99,9 +102,12 @@ class LFTR(Merger):
     """Merges along time, groups around representatives, drops the least significant groups.
 
     Args:
-        redundant: largest difference at which a token repeats another, in [0, 1], as a share of
-            the mean difference of two tokens of the item. Lower it where near-duplicates matter
-            (documents, surveillance); 0 merges exact repetitions only.
+        still: largest difference at which a token repeats the one before it in time, in [0, 1], as
+            a share of the mean difference of two tokens of the item. Lower it where small changes
+            matter (surveillance, gestures); 0 merges exact repetitions only. Idle on images.
+        redundant: the same for a token beside its representative: at 1 whatever is nearer than two
+            tokens drawn at random. Lower it where near-duplicates matter (documents); 0 merges
+            exact repetitions only.
         spare: representatives for each kept token, at least 1. With 1 the spread alone decides
             what stays; more let significance decide among them.
 
@@ -109,13 +115,17 @@ class LFTR(Merger):
         PipelineError: if an option is out of range.
     """
 
-    redundant: float = 0.25
+    still: float = 0.25
+    redundant: float = 1.0
     spare: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.redundant <= 1:
-            raise PipelineError(f"{self.name}: redundant={self.redundant} must lie in [0, 1].")
+        for name in ("still", "redundant"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PipelineError(
+                    f"{self.name}: {name}={getattr(self, name)} must lie in [0, 1]."
+                )
         if not 1 <= self.spare < float("inf"):
             raise PipelineError(f"{self.name}: spare={self.spare} must be finite and at least 1.")
 
@@ -146,7 +156,7 @@ class LFTR(Merger):
         cosine = torch.full((n,), -torch.inf, device=features.device)
         before = (unit[0, order[1:]] * unit[0, order[:-1]]).sum(-1)
         cosine[order[1:]] = before.masked_fill(~linked[1:], -torch.inf)
-        repeats = cosine >= self._least(spread)
+        repeats = cosine >= _least(spread, self.still)
         if int(repeats.sum()) > n - k:
             most = top_k_indices(cosine[None], n - k, scale=1.0)
             repeats = torch.zeros_like(repeats).index_fill(0, most[0], True)
@@ -187,8 +197,7 @@ class LFTR(Merger):
         if n <= RUN_TOKENS:
             gram = (unit @ unit.transpose(1, 2)).clamp_(max=1 - NOISE)
         count = min(n, ceil(self.spare * k))
-        first = first_argmax(whole, scale=1.0)
-        picks = farthest_first(unit, count, first=first, gram=gram).sort(1).values
+        picks = self._represent(unit, sizes, spread, k, count, first_argmax(whole, scale=1.0), gram)
         cosine = unit @ gather_tokens(unit, picks).transpose(1, 2)
         group = self._join(cosine, picks, spread)
         # Tokens without a group are counted in a spare first column.
@@ -201,31 +210,67 @@ class LFTR(Merger):
         apart = between.masked_fill(~larger, torch.inf).amin(2)
         apart = torch.where(larger.any(2), apart, between.amax(2))
         unlike = _distance(whole.gather(1, picks)) / spread[:, None]
-        significance = size**SIZE_POWER * unlike**WHOLE_POWER * apart
-        scale = size.amax(1, keepdim=True) ** SIZE_POWER / spread[:, None]
+        significance = (size * unlike * apart).masked_fill(size == 0, -torch.inf)
+        scale = size.amax(1, keepdim=True) / spread[:, None]
         kept = top_k_indices(significance, k, scale=scale)
 
         picks = picks.gather(1, kept)
         cosine = cosine.gather(2, kept[:, None].expand(-1, n, -1))
         return self._join(cosine, picks, spread), picks
 
+    def _represent(
+        self,
+        unit: Tensor,
+        sizes: Tensor,
+        spread: Tensor,
+        k: int,
+        count: int,
+        first: Tensor,
+        gram: Tensor | None,
+    ) -> Tensor:
+        """``(b, count)`` representatives, ascending; ``first`` again where fewer are needed."""
+        rows = torch.arange(unit.shape[0], device=unit.device)
+        picks = first[:, None].repeat(1, count)
+        nearest = torch.full_like(sizes, -2)
+        owner = torch.zeros_like(sizes, dtype=torch.long)
+        taken = torch.zeros_like(sizes, dtype=torch.bool)
+        newest = first
+        for step in range(1, count):
+            if gram is None:
+                cosine = torch.bmm(unit, unit[rows, newest, :, None]).squeeze(2)
+            else:
+                cosine = gram[rows, newest]
+            owner = owner.masked_fill(cosine > nearest + TIE_TOLERANCE, step - 1)
+            nearest = torch.maximum(nearest, cosine)
+            taken[rows, newest] = True
+            distance = _distance(nearest)
+            far = distance.masked_fill(taken, 0).amax(1, keepdim=True)
+            new = far > self.redundant * spread[:, None]
+            scale = torch.ones_like(far)
+            if step < k:
+                size = sizes.new_zeros(len(rows), step).scatter_add(1, owner, sizes)
+                distance = distance * torch.where(new, 1, size.gather(1, owner))
+                scale = torch.where(new, 1, size.amax(1, keepdim=True))
+            elif not bool(new.any()):
+                break
+            distance = distance.masked_fill(taken, -torch.inf)
+            newest = first_argmax(distance, scale=scale)
+            picks[:, step] = newest if step < k else torch.where(new[:, 0], newest, first)
+        return picks.sort(1).values
+
     def _join(self, cosine: Tensor, picks: Tensor, spread: Tensor) -> Tensor:
         """Group ``(b, n)`` of each token: its nearest representative, or -1 if not redundant.
 
         Args:
             cosine: ``(b, n, r)`` similarity of each token to each representative.
-            picks: ``(b, r)`` the representatives, ascending.
+            picks: ``(b, r)`` the representatives, ascending; of repeated ones the first counts.
             spread: ``(b,)`` mean cosine distance of two tokens.
         """
         group = first_argmax(cosine, scale=1.0)
         nearest = cosine.gather(2, group[..., None]).squeeze(2)
-        group = group.masked_fill(nearest < self._least(spread)[:, None], DROPPED)
+        group = group.masked_fill(nearest < _least(spread, self.redundant)[:, None], DROPPED)
         own = torch.arange(picks.shape[1], device=picks.device)
-        return group.scatter(1, picks, own.expand_as(picks))
-
-    def _least(self, spread: Tensor) -> Tensor:
-        """The lowest cosine at which a token is redundant."""
-        return 1 - NOISE - self.redundant * spread
+        return group.scatter_reduce(1, picks, own.expand_as(picks), "amin", include_self=False)
 
 
 def _places(layout: Layout) -> tuple[Tensor, Tensor]:
@@ -260,3 +305,8 @@ def _whole(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 def _distance(cosine: Tensor) -> Tensor:
     """Cosine distance, exactly 0 for repetitions of a vector."""
     return (1 - NOISE - cosine).clamp(min=0)
+
+
+def _least(spread: Tensor, difference: float) -> Tensor:
+    """The lowest cosine at which two tokens differ by no more than ``difference``."""
+    return 1 - NOISE - difference * spread

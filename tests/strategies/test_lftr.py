@@ -14,7 +14,7 @@ from tokenreduce.tokens import Layout, VisualTokens
 from tokenreduce_strategies.lftr import LFTR
 
 
-def oracle(features, frames, k, redundant, spare, sizes=None):
+def oracle(features, frames, k, still=0.25, redundant=1.0, spare=2.0, sizes=None):
     """One item ``(N, D)`` of ``frames`` equal frames, in float64 and loops.
 
     Returns groups (lists of source tokens), by position.
@@ -37,7 +37,7 @@ def oracle(features, frames, k, redundant, spare, sizes=None):
     if frames > 1:
         u, _, d = statistics(x, s)
         links = [(d(u[i], u[i - place]), i) for i in range(place, n)]
-        links = sorted(link for link in links if link[0] <= redundant)[: n - k]
+        links = sorted(link for link in links if link[0] <= still)[: n - k]
         follows = {i for _, i in links}
         members = []
         for i in range(n):
@@ -52,8 +52,14 @@ def oracle(features, frames, k, redundant, spare, sizes=None):
     n, count = len(u), min(len(u), math.ceil(spare * k))
     picks = [max(range(n), key=lambda i: (u[i] @ m, -i))]
     while len(picks) < count:
-        rest = [i for i in range(n) if i not in picks]
-        picks.append(max(rest, key=lambda i: (min(d(u[i], u[r]) for r in picks), -i)))
+        owner = [min(picks, key=lambda r: d(u[i], u[r])) for i in range(n)]
+        extent = {r: sum(s[i] for i in range(n) if owner[i] == r) for r in picks}
+        apart = {i: d(u[i], u[owner[i]]) for i in range(n) if i not in picks}
+        if max(apart.values()) <= redundant:
+            if len(picks) >= k:
+                break
+            apart = {i: extent[owner[i]] * value for i, value in apart.items()}
+        picks.append(max(apart, key=lambda i: (apart[i], -i)))
     picks.sort()
 
     def join(representatives):
@@ -72,8 +78,7 @@ def oracle(features, frames, k, redundant, spare, sizes=None):
         others = larger or picks
         apart = (min if larger else max)(d(u[r], u[q]) for q in others)
         unlike = d(u[r], m)
-        a, b = module.SIZE_POWER, module.WHOLE_POWER
-        significance[r] = size[r] ** a * unlike**b * apart
+        significance[r] = size[r] * unlike * apart
     kept = sorted(sorted(picks, key=lambda r: (-significance[r], r))[:k])
     return {
         members[r][0]: sorted(i for tube in group for i in members[tube])
@@ -107,12 +112,14 @@ def groups_of(reduction, item=0):
 @pytest.mark.parametrize(
     ("frames", "place", "k"), [(1, 40, 5), (1, 63, 16), (4, 15, 6), (3, 20, 30), (5, 12, 1)]
 )
-@pytest.mark.parametrize(("redundant", "spare"), [(0.25, 2.0), (0.1, 1.5)])
-def test_equals_the_oracle(frames, place, k, redundant, spare, seed):
+@pytest.mark.parametrize(
+    "options", [{}, {"redundant": 0.2, "spare": 1.5}, {"still": 0.1, "redundant": 0.6}]
+)
+def test_equals_the_oracle(frames, place, k, options, seed):
     features = structured(frames, place, channels=16, clusters=7, noise=0.3, seed=seed)
-    reducer = LFTR(keep=k, redundant=redundant, spare=spare)
+    reducer = LFTR(keep=k, **options)
     reduction = reducer(VisualTokens.from_grid(features, (frames, 1, place)))
-    expected = oracle(features, frames, k, redundant, spare)
+    expected = oracle(features, frames, k, **options)
     assert groups_of(reduction) == expected
     means = torch.stack([features[group].mean(0) for group in expected.values()])
     torch.testing.assert_close(reduction.features[0], means, rtol=1e-4, atol=1e-5)
@@ -124,7 +131,7 @@ def test_equals_the_oracle_with_sizes(frames):
     sizes = torch.arange(frames * 24).remainder(4).add(1).float()
     layout = Layout.from_grid((frames, 4, 6))
     reduction = LFTR(keep=6)(VisualTokens(features[None], layout, sizes=sizes[None]))
-    expected = oracle(features, frames, 6, 0.25, 2.0, sizes.numpy())
+    expected = oracle(features, frames, 6, sizes=sizes.numpy())
     assert groups_of(reduction) == expected
     for output, group in enumerate(expected.values()):
         mean = (features[group] * sizes[group, None]).sum(0) / sizes[group].sum()
@@ -286,7 +293,8 @@ def test_runs_share_the_budget(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"redundant": -0.1}, {"redundant": 1.5}, {"spare": 0.5}, {"spare": math.inf}]
+    "options",
+    [{"redundant": -0.1}, {"redundant": 1.5}, {"still": math.nan}, {"spare": 0.5}],
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(PipelineError, match=next(iter(options))):

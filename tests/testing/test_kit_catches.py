@@ -166,6 +166,19 @@ class GlobalDice(Good):
         return torch.rand(tokens.features.shape[:2])
 
 
+@caught_by("signals")
+class PeeksAtSignals(Good):
+    def score(self, tokens):
+        return tokens.signals.get("class_attention", norms(tokens))
+
+
+@caught_by("no-mutation")
+class DoublesSizes(Good):
+    def score(self, tokens):
+        tokens.sizes.mul_(2)
+        return norms(tokens)
+
+
 DICE = random.Random(0)
 
 

@@ -180,6 +180,8 @@ def check_signals(subject: Subject) -> None:
     except TokenReduceError:
         # Another check's business.
         pass
+    if not _reads_only_what_it_declares(subject, reducer, tokens):
+        fail("gives another result when it is offered signals that its record does not declare")
     for name in subject.needs:
         others = {key: value for key, value in tokens.signals.items() if key != name}
         try:
@@ -187,6 +189,17 @@ def check_signals(subject: Subject) -> None:
         except MissingSignal:
             continue
         fail(f"declares the signal {name!r}, but raised no MissingSignal without it")
+
+
+def _reads_only_what_it_declares(subject: Subject, reducer: Reducer, tokens: VisualTokens) -> bool:
+    """Whether undeclared signals change nothing, as far as that can be told."""
+    try:
+        plain, again = reducer(tokens), reducer(tokens)
+        offered = reducer(subject.with_all_signals(tokens))
+    except TokenReduceError:
+        # Another check's business, as is a result that changes by itself.
+        return True
+    return bool(equal_reductions(plain, again)) or not equal_reductions(plain, offered)
 
 
 @_check("shapes", after=("signals",), leaves=(PositionsError,))

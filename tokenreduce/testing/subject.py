@@ -139,6 +139,15 @@ class Subject:
         signals = {name: _signal(name, shape, generator) for name in self.needs}
         return VisualTokens(features, layout, signals=signals)
 
+    def with_all_signals(self, tokens: VisualTokens) -> VisualTokens:
+        """The same tokens with every signal of the vocabulary."""
+        generator = torch.Generator().manual_seed(7)
+        shape = (tokens.batch, tokens.count)
+        signals = {name: _signal(name, shape, generator) for name in installed().signals}
+        return VisualTokens(
+            tokens.features, tokens.layout, signals={**signals, **dict(tokens.signals)}
+        )
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the signals that the record declares."""
@@ -263,6 +272,9 @@ def _signal(name: str, shape: tuple[int, int], generator: torch.Generator) -> Te
     """A signal of the dimensions that the vocabulary states."""
     batch, n = shape
     sizes = {"batch": batch, "tokens": n, **AXIS_SIZES}
+    if name == "prompt_embeddings":
+        # They live in the space of the LLM, as the features do.
+        sizes["channels"] = CHANNELS
     dims = installed().signals[name].dims
     values = torch.randn(*(sizes.get(dim, 4) for dim in dims), generator=generator)
     # A scalar for each token is an attention map: positive, and it sums to one.

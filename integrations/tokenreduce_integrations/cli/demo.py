@@ -80,7 +80,7 @@ def demo(
         for reduction in REDUCTIONS:
             with _budget(attachment, reduction):
                 answers = tuple(
-                    chat.answer(model, processor, prompt, max_new_tokens=4) for prompt in prompts
+                    chat.answer(model, processor, prompt, max_new_tokens=1) for prompt in prompts
                 )
                 tokens = attachment.receipt.tokens_out
                 pictures.append(_overlay(image, attachment))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.attachment import Attachment, ItemReduction
-from tokenreduce.errors import AttachmentError, UnsupportedModel
+from tokenreduce.errors import AttachmentError, MediaError, UnsupportedModel
 from tokenreduce.packing import PackedTokens
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import ItemReceipt, Receipt, Stopwatch, notify_observers
@@ -145,6 +145,11 @@ class TransformersAttachment(Uncopyable, Attachment):
         visual = self._watch.take()
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         ledger = Ledger.of(cache)
+        if embeds is not None and embeds.shape[1] == 0:
+            raise MediaError(
+                f"{type(self.model).__name__} was given an empty prompt: there is nothing to "
+                "answer. Pass at least one token."
+            )
         if visual is None and ledger is None:
             if embeds is not None and Ledger.held(cache) == 0:
                 self._record(None, [], embeds.shape[1], reason="a text-only turn")

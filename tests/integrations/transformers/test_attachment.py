@@ -31,6 +31,7 @@ from support.tiny_models import (
 from tokenreduce.errors import (
     AttachmentError,
     BudgetError,
+    MediaError,
     MissingSignal,
     StageNotEngaged,
     TokensError,
@@ -596,6 +597,12 @@ def test_a_signal_that_the_model_cannot_give_is_refused() -> None:
     finally:
         for name in needy.NAMES:
             installed().strategies.remove(name)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    case = llava()
+    with tr.attach(case.model, UnevenRandom()), pytest.raises(MediaError, match="empty prompt"):
+        case.model(input_ids=torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_visual_tokens_that_a_stage_never_saw_are_an_error() -> None:

@@ -1,0 +1,275 @@
+"""STTM: quadtrees of similar patches in each frame, linked over time.
+
+Idea: a uniform region needs one token, a detailed one many. A quadtree finds for each region of a
+frame the coarsest cell that still resembles its parts; cells of neighbouring frames that lie over
+each other and look alike are merged in turn.
+
+Algorithm, for T frames of H x W tokens:
+    1. pyramid: average 2 x 2 cells, level by level, until a side is 2 (of an odd side, the first
+       row or column stays unpaired);
+    2. space: from the coarsest level down (``root_level`` levels below it), a cell is split if the
+       cosine between it and one of its four parts lies below ``threshold``; a cell with fewer parts
+       is compared with the first cell of the finer level in place of each missing one;
+    3. time: link cells of neighbouring frames that lie over each other and whose cosine reaches
+       ``temporal_threshold``; a component of linked cells becomes the plain mean of its cells.
+With a budget of k: step 2 goes on splitting cells, those that resemble their parts least first,
+until there are k (a single frame stops there); step 3 takes the strongest links until k components
+are left, and should links run out, joins the components most alike. An output stands at the first
+token of its first cell. Ties go to the lowest index.
+
+Shapes: features ``(B, T H W, D)`` -> cells, components -> ``(B, k, D)``. Cost: O(N D); with a
+budget also O(P^2 D) for what links leave.
+
+Deviations from the official code: components over time are complete (its label propagation can
+stop early and leave parts of one apart; ``official=True`` does likewise); its option to weigh cells
+by area is not offered. Outputs equal those of the official code on recorded cases.
+
+Published: at 50 percent of the tokens a 2x speed-up for a loss of 0.5 percent (its abstract); no
+comparable table.
+
+```bibtex
+@inproceedings{hyun2025sttm,
+  title={Multi-Granular Spatio-Temporal Token Merging for Training-Free Acceleration of Video
+         {LLMs}},
+  author={Hyun, Jeongseok and Hwang, Sukjun and Han, Su Ho and Kim, Taeoh and Lee, Inwoong and
+          Wee, Dongyoon and Lee, Joon-Young and Kim, Seon Joo and Shim, Minho},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year={2025},
+  eprint={2507.07990},
+  archivePrefix={arXiv}
+}
+```
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from tokenreduce.capabilities import CountClass
+from tokenreduce.errors import PipelineError
+from tokenreduce.ops import top_k_indices, unit_vectors
+from tokenreduce.ops.quotas import kept_indices
+from tokenreduce.ops.spanning_trees import (
+    components,
+    edge_components,
+    maximum_spanning_tree,
+    strongest_components,
+)
+from tokenreduce.reducer import Reducer
+from tokenreduce.reduction import Reduction
+from tokenreduce.tokens import VisualTokens
+
+
+class Level(NamedTuple):
+    """One level of the pyramid of a frame, h x w cells.
+
+    Attributes:
+        parent: ``(h' w',)`` the cell of this level that each cell of the finer one lies in.
+        cell: ``(H W,)`` the cell that each token lies in.
+        share: ``(H W,)`` the weight of each token in its cell.
+        first: ``(h w,)`` the first token of each cell.
+    """
+
+    parent: Tensor
+    cell: Tensor
+    share: Tensor
+    first: Tensor
+
+
+class Cells(NamedTuple):
+    """The cells that a clip is cut into, n of them, by frame and first token.
+
+    Attributes:
+        features: ``(n, D)``.
+        first: ``(n,)`` first token.
+        cell: ``(N,)`` the cell of each token.
+        share: ``(N,)`` the weight of each token in its cell.
+    """
+
+    features: Tensor
+    first: Tensor
+    cell: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class STTM(Reducer):
+    """Merges uniform regions of frames, and what stays alike over time.
+
+    Args:
+        threshold: cosine that a cell must have with its parts not to be split, in [-1, 1].
+        temporal_threshold: cosine from which cells are linked over time, in [-1, 1]; without a
+            budget, 0 or less merges nothing over time.
+        root_level: how many levels below the coarsest to start from.
+        official: label components over time as the official code does; only without a budget.
+
+    Raises:
+        PipelineError: if an option is out of range.
+    """
+
+    threshold: float = 0.8
+    temporal_threshold: float = 0.8
+    root_level: int = 0
+    official: bool = False
+
+    adaptive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("threshold", "temporal_threshold"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise PipelineError(f"sttm: {name}={getattr(self, name)} is a cosine, in [-1, 1].")
+        if self.root_level < 0:
+            raise PipelineError(f"sttm: root_level={self.root_level} must be at least 0.")
+        if self.official and self.budget is not None:
+            raise PipelineError("sttm: official=True knows no budget; its thresholds decide.")
+
+    @property
+    def count_class(self) -> CountClass:
+        return "adaptive" if self.budget is None else "exact"
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        """Merge cells.
+
+        Raises:
+            TokensError: if the tokens do not form a full grid.
+        """
+        grid = tokens.require_grid(self.name)
+        k = None if self.budget is None else self.count(tokens.count)
+        levels = pyramid(grid[1], grid[2], tokens.features.device)
+        levels = levels[: max(1, len(levels) - self.root_level)]
+        heads, weights = [], []
+        for item in tokens.features.detach():
+            clip = item.float().unflatten(0, (grid[0], -1))
+            cells = cut(clip, levels, self.threshold, k)
+            label = self._link(clip, cells, k)
+            members = torch.bincount(label, minlength=len(label))[label]
+            heads.append(cells.first[label][cells.cell])
+            weights.append(cells.share / members[cells.cell])
+        where = torch.stack(heads)
+        own = torch.arange(tokens.count, device=where.device)
+        positions = kept_indices(where == own)
+        return Reduction.from_groups(
+            tokens,
+            torch.searchsorted(positions, where),
+            positions.shape[1],
+            positions=positions,
+            weights=torch.stack(weights),
+        )
+
+    def _link(self, clip: Tensor, cells: Cells, k: int | None) -> Tensor:
+        """Step 3: ``(n,)`` the first cell of each cell's component."""
+        count = len(cells.features)
+        own = torch.arange(count, device=clip.device)
+        frames = cells.cell.unflatten(0, clip.shape[:2])
+        # A cell over another one contains it or lies in it, since both are of one pyramid.
+        pairs = torch.stack([frames[:-1].flatten(), frames[1:].flatten()]).unique(dim=1)
+        before, after = pairs
+        cosine = cosine_similarity(cells.features[before], cells.features[after], dim=1)
+        if k is None:
+            if self.temporal_threshold <= 0:
+                return own
+            linked = cosine >= self.temporal_threshold
+            return edge_components(count, before[linked], after[linked], complete=not self.official)
+        label = strongest_components(count, before, after, cosine, k)
+        heads, number = label.unique(return_inverse=True)
+        if len(heads) == k:
+            return label
+        total = torch.zeros(len(heads), clip.shape[2], device=clip.device)
+        means = total.index_add_(0, number, cells.features)
+        tree = maximum_spanning_tree(unit_vectors(means)[None])
+        links = top_k_indices(tree.similarity, len(heads) - k, scale=1.0)
+        linked = torch.zeros_like(tree.parent, dtype=torch.bool).scatter_(1, links, True)
+        joined: Tensor = heads[components(tree.parent, linked)[0]][number]
+        return joined
+
+
+def pyramid(height: int, width: int, device: torch.device) -> list[Level]:
+    """Step 1: the levels of a frame, from its tokens up."""
+    own = torch.arange(height * width, device=device)
+    levels = [Level(own, own, torch.ones(height * width, device=device), own)]
+    while min(height, width) > 2:
+        rows = (torch.arange(height, device=device) + height % 2) // 2
+        columns = (torch.arange(width, device=device) + width % 2) // 2
+        height, width = (height + 1) // 2, (width + 1) // 2
+        below = levels[-1]
+        parent = (rows[:, None] * width + columns).flatten()
+        parts = torch.bincount(parent)
+        first = torch.full_like(parts, len(own)).scatter_reduce(0, parent, below.first, "amin")
+        cell = parent[below.cell]
+        levels.append(Level(parent, cell, below.share / parts[cell], first))
+    return levels
+
+
+def cut(clip: Tensor, levels: list[Level], threshold: float, k: int | None = None) -> Cells:
+    """Step 2.
+
+    Args:
+        clip: ``(T, P, D)`` float32.
+        levels: from the tokens up to the level to start from.
+        threshold: cosine that a cell must have with its parts not to be split.
+        k: how many cells there must be at least, or just so many in a single frame.
+    """
+    features, unlike = [clip], []
+    for level in levels[1:]:
+        parts = torch.bincount(level.parent)
+        shape = (len(clip), len(parts), clip.shape[2])
+        pooled = clip.new_zeros(shape).index_add_(1, level.parent, features[-1])
+        pooled /= parts[:, None]
+        unlike.append(_least_cosine(pooled, features[-1], level.parent, parts))
+        features.append(pooled)
+    splits = _splits(levels, unlike, threshold, k, len(clip))
+    depth = torch.zeros(clip.shape[:2], dtype=torch.long, device=clip.device)
+    whole = torch.ones_like(depth, dtype=torch.bool)
+    for height in range(len(levels) - 1, 0, -1):
+        stays = whole & ~splits[height - 1][:, levels[height].cell]
+        depth[stays] = height
+        whole &= ~stays
+    first = torch.stack([level.first[level.cell] for level in levels])
+    at = torch.arange(clip.shape[1], device=clip.device)
+    start = torch.arange(len(clip), device=clip.device)[:, None] * clip.shape[1]
+    heads, cell = (first[depth, at] + start).unique(return_inverse=True)
+    share = torch.stack([level.share for level in levels])[depth, at]
+    chosen = depth.flatten()[heads]
+    outputs = clip.new_empty(len(heads), clip.shape[2])
+    for height, (level, pooled) in enumerate(zip(levels, features, strict=True)):
+        mine = chosen == height
+        frame, token = heads[mine] // clip.shape[1], heads[mine] % clip.shape[1]
+        outputs[mine] = pooled[frame, level.cell[token]]
+    return Cells(outputs, heads, cell.flatten(), share.flatten())
+
+
+def _least_cosine(pooled: Tensor, finer: Tensor, parent: Tensor, parts: Tensor) -> Tensor:
+    """``(T, h w)`` the lowest cosine of each cell with its four parts."""
+    cosine = cosine_similarity(pooled[:, parent], finer, dim=2)
+    least = torch.full_like(pooled[..., 0], torch.inf)
+    least = least.scatter_reduce(1, parent.expand_as(cosine), cosine, "amin")
+    with_first = cosine_similarity(pooled, finer[:, :1], dim=2)
+    return torch.where(parts < 4, torch.minimum(least, with_first), least)
+
+
+def _splits(
+    levels: list[Level], least: list[Tensor], threshold: float, k: int | None, frames: int
+) -> list[Tensor]:
+    """Which cells of the levels above the tokens are split, each ``(T, h w)``."""
+    if k is None or not least:
+        # Whether a cell is reached at all is seen from above.
+        return [cosine < threshold for cosine in least]
+    # A cell is reached once those above it are split: it can be no earlier than they.
+    turns = [least[-1]]
+    for level, cosine in zip(levels[:0:-1], least[-2::-1], strict=False):
+        turns.append(torch.maximum(cosine, turns[-1][:, level.parent]))
+    gains = [(torch.bincount(level.parent) - 1).expand(frames, -1) for level in levels[:0:-1]]
+    turn = torch.cat([each.flatten() for each in turns])
+    order = turn.argsort(stable=True)
+    cells = gains[0].numel() + torch.cat([each.flatten() for each in gains])[order].cumsum(0)
+    needed = int((cells < k).sum()) + 1 if gains[0].numel() < k else 0
+    wanted = needed if frames == 1 else max(needed, int((turn < threshold).sum()))
+    split = torch.zeros_like(turn, dtype=torch.bool)
+    split[order[:wanted]] = True
+    sizes = [each.numel() for each in turns]
+    parts = [part.reshape(frames, -1) for part in split.split(sizes)]
+    return parts[::-1]

@@ -1,0 +1,63 @@
+"""Greedy coverage: the plain algorithm, every token for every pick."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.clouds import clouds, quick
+from tokenreduce.ops import TIE_TOLERANCE, coverage, gather_tokens
+from tokenreduce.ops.coverage import greedy_coverage
+
+
+def slow(c, w, b, k):
+    """``c[j][i]``: how much token j covers place i."""
+    n, places = c.shape
+    picked, covered = [], [0.0] * places
+    while len(picked) < k:
+        score = {
+            j: float(w[j]) * sum(max(0.0, float(c[j, i]) - covered[i]) for i in range(places))
+            + float(b[j])
+            for j in range(n)
+            if j not in picked
+        }
+        tie = TIE_TOLERANCE * max(1.0, *score.values())
+        picked.append(next(j for j, s in score.items() if s >= max(score.values()) - tie))
+        covered = [max(covered[i], float(c[picked[-1], i])) for i in range(places)]
+    return picked
+
+
+@quick
+@given(clouds(min_tokens=2, dtypes=(torch.float32,)), st.integers(1, 3), st.data())
+def test_oracle(cloud, chunk, data):
+    batch, n, _ = cloud.shape
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    weight = torch.randint(0, 5, (batch, n), generator=generator) / 4
+    bonus = torch.randint(0, 3, (batch, n), generator=generator) / 2
+    bonus = data.draw(st.sampled_from([None, bonus]))
+    unit = torch.nn.functional.normalize(cloud, dim=-1)
+    usual, coverage.CHUNK = coverage.CHUNK, chunk
+    try:
+        picks = greedy_coverage(
+            lambda ask: gather_tokens(unit, ask) @ unit.mT, k, weight=weight, bonus=bonus
+        )
+    finally:
+        coverage.CHUNK = usual
+    for b in range(batch):
+        gram = unit[b].double() @ unit[b].double().T
+        plus = torch.zeros(n) if bonus is None else bonus[b]
+        assert picks[b].tolist() == slow(gram, weight[b], plus, k)
+
+
+def test_few_are_evaluated_again():
+    unit = torch.nn.functional.normalize(
+        torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    asked = []
+
+    def cover(ask):
+        asked.append(ask.shape[1])
+        return gather_tokens(unit, ask) @ unit.mT
+
+    greedy_coverage(cover, 50, weight=torch.ones(1, 400))
+    assert sum(asked) < 0.25 * 50 * 400

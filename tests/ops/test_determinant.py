@@ -1,0 +1,74 @@
+"""Greedy determinants: the definition, by determinants of all candidates."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.clouds import clouds, quick
+from tokenreduce.ops import determinant
+from tokenreduce.ops.determinant import SPAN_TOLERANCE, greedy_determinant
+
+
+def slow(kernel, k):
+    """Each time, the first token of the largest det(L[S + i]) / det(L[S])."""
+    n = len(kernel)
+    tie = 1e-6 * float(kernel.diagonal().max())
+    picked = []
+    while len(picked) < k:
+        gains = {}
+        for i in range(n):
+            if i in picked:
+                continue
+            gain = float(kernel[i, i])
+            if picked:
+                block, cross = kernel[picked][:, picked], kernel[picked, i]
+                gain -= float(cross @ torch.linalg.pinv(block, hermitian=True) @ cross)
+            gains[i] = max(gain, SPAN_TOLERANCE * float(kernel[i, i]))
+        picked.append(next(i for i, g in gains.items() if g >= max(gains.values()) - tie))
+    return picked
+
+
+def run(vectors, k, ridge=0.0):
+    return greedy_determinant(vectors, vectors, k, ridge=ridge).tolist()
+
+
+@quick
+@given(st.integers(2, 12), st.integers(0, 10_000), st.data())
+def test_oracle(n, seed, data):
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(2, n, n + 3, generator=generator)
+    ridge = data.draw(st.sampled_from([0.0, 1.0]))
+    kernel = (vectors @ vectors.mT).double() + ridge * torch.eye(n)
+    assert run(vectors, k, ridge) == [slow(one, k) for one in kernel]
+
+
+@quick
+@given(clouds(dtypes=(torch.float32,)), st.data())
+def test_rank_deficient(cloud, data):
+    n = cloud.shape[1]
+    k = data.draw(st.integers(1, n))
+    picks = run(cloud, k)
+    for item, picked in zip(cloud, picks, strict=True):
+        assert len(set(picked)) == k
+        # The greedy volume is never lost to numerical noise: as many as the rank are independent.
+        rank = min(k, int(torch.linalg.matrix_rank(item.double())))
+        chosen = item[picked[:rank]].double()
+        assert int(torch.linalg.matrix_rank(chosen)) == rank or rank == 0
+
+
+def test_duplicates_come_last():
+    vectors = torch.eye(4).repeat(3, 1)[None]
+    assert run(vectors, 6) == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_rounds_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 150, 60, generator=generator) * torch.rand(2, 150, 1)
+    whole = run(vectors, 40)
+    for candidates, length in ((1, 1), (5, 3), (40, 64), (149, 7)):
+        monkeypatch.setattr(determinant, "CANDIDATES", candidates)
+        monkeypatch.setattr(determinant, "ROUND", length)
+        assert run(vectors, 40) == whole
+    kernel = (vectors @ vectors.mT).double()
+    assert whole == [slow(one, 40) for one in kernel]
