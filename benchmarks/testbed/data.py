@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenreduce_integrations.testbed.scenes import (
+    GRID_SIZE,
     IMAGE_SIZE,
+    PATCH_SIZE,
     Question,
     Scene,
     SceneGenerator,
@@ -41,6 +43,7 @@ class Batch:
     Attributes:
         images: uint8 ``(B, 96, 96, 3)``.
         patch_labels: int64 ``(B, 144)``.
+        centre_patches: Patches at the centre of an object, bool ``(B, 144)``.
         tags: Image-level facts, 0 or 1, float32 ``(B, TAGS)``.
         query_counts: Objects that match each query, int64 ``(B, QUERIES)``.
         query_centres: Centre ``(x, y)`` in -1..1 of each query's object, NaN unless there is
@@ -57,6 +60,7 @@ class Batch:
 
     images: Tensor
     patch_labels: Tensor
+    centre_patches: Tensor
     tags: Tensor
     query_counts: Tensor
     query_centres: Tensor
@@ -79,6 +83,7 @@ def make_batch(
     return Batch(
         images=torch.from_numpy(np.stack([scene.image for scene in scenes])),
         patch_labels=torch.from_numpy(np.stack([scene.patch_labels for scene in scenes])),
+        centre_patches=torch.from_numpy(np.stack([centre_patches(scene) for scene in scenes])),
         tags=torch.from_numpy(np.stack([scene_tags(scene) for scene in scenes])),
         query_counts=torch.from_numpy(counts),
         query_centres=torch.from_numpy(centres),
@@ -148,6 +153,14 @@ def scene_tags(scene: Scene) -> np.ndarray:
     several = np.stack([numbers >= 2, numbers >= 3]).astype(np.float32)
     parts = (pairs, digits, background, quadrants, several)
     return np.concatenate([part.ravel() for part in parts])
+
+
+def centre_patches(scene: Scene) -> np.ndarray:
+    """Patches at the centre of an object, bool ``(144,)``."""
+    marked = np.zeros((GRID_SIZE, GRID_SIZE), bool)
+    for item in scene.objects:
+        marked[int(item.y) // PATCH_SIZE, int(item.x) // PATCH_SIZE] = True
+    return marked.ravel()
 
 
 def scene_queries(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

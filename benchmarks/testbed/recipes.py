@@ -57,6 +57,8 @@ class Stage:
         types: Relative frequency of the question types.
         plateau: Fraction of the horizon at the peak learning rate, before the cosine decay.
         horizon: Step at which the decay ends; the number of steps if None.
+        varied_density: Whether the language model sees scenes with a random part of the visual
+            tokens missing, see `visible_tokens`.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Stage:
     types: Mapping[str, float] = field(default_factory=lambda: MIX)
     plateau: float = 0.3
     horizon: int | None = None
+    varied_density: bool = False
 
 
 _LABELS = {"patch": 1.0, "tags": 1.0, "position": 0.1}
@@ -90,10 +93,30 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
         Stage("joint", 1500, 40, 1.5e-3, _with_answers(_LABELS, 0.4), horizon=3000),
         Stage("grounded", 1900, 40, 1.2e-3, _grounded(_LABELS, 0.3), HARD_MIX, plateau=0.2),
         Stage("relations", 600, 40, 1e-3, _grounded(_LABELS, 0.2), RELATION_MIX, plateau=0.3),
+        Stage(
+            "densities",
+            450,
+            40,
+            8e-4,
+            _grounded(_LABELS, 0.2),
+            HARD_MIX,
+            plateau=0.2,
+            varied_density=True,
+        ),
     ),
     "b": (
         Stage("vision", 3500, 24, 1.5e-3, _CAPTIONS),
         Stage("joint", 1000, 40, 1.5e-3, _with_answers(_CAPTIONS, 0.4), horizon=3000),
         Stage("grounded", 2400, 40, 1.2e-3, _grounded(_CAPTIONS, 0.3), plateau=0.2),
+        Stage(
+            "densities",
+            450,
+            40,
+            8e-4,
+            _grounded(_CAPTIONS, 0.2),
+            HARD_MIX,
+            plateau=0.2,
+            varied_density=True,
+        ),
     ),
 }

@@ -116,6 +116,22 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def losses(result: dict[str, Any]) -> list[str]:
+    """On which two question types LFTR loses most, at each of the reductions with a target."""
+    before = result["unreduced"]["by_type"]
+    lines = []
+    for row in result["rows"]:
+        if row["strategy"] != "lftr" or row["reduction"] not in TARGETS:
+            continue
+        after = row["by_type"]
+        worst = sorted(before, key=lambda kind: after[kind] - before[kind])[:2]
+        stated = " and ".join(
+            f"{kind} ({percent(before[kind])} to {percent(after[kind])})" for kind in worst
+        )
+        lines.append(f"- {row['reduction']:g}x: LFTR loses most on {stated}.")
+    return lines
+
+
 def model_section(result: dict[str, Any], heading: str) -> list[str]:
     """Everything about one model."""
     left_out = ", ".join(result["unreported_types"]) or "none"
@@ -129,7 +145,8 @@ def model_section(result: dict[str, Any], heading: str) -> list[str]:
             f"{interval(result['unreduced']['macro'])}."
         ),
         "",
-        "LFTR against its targets:",
+        "LFTR against its targets (share of the unreduced accuracy; *above* means that all three "
+        "paired intervals are clear of zero):",
         "",
         *verdicts(result),
         "",
@@ -140,6 +157,8 @@ def model_section(result: dict[str, Any], heading: str) -> list[str]:
         "By question type:",
         "",
         *type_table(result),
+        "",
+        *losses(result),
         "",
     ]
 
@@ -161,11 +180,22 @@ def tuning_section(tuning: dict[str, Any], rows: int = 8) -> list[str]:
         "| redundant | spare | " + " | ".join(reductions) + " | mean |",
         "|" + "---|" * (3 + len(reductions)),
     ]
-    for row in [*tuning["rows"][:rows], tuning["rows"][-1]]:
+    ranked = sorted(tuning["rows"], key=lambda row: -row["mean"])
+    for row in [*ranked[:rows], ranked[-1]]:
         cells = [f"{row[name]:g}" for name in settings]
         cells += [percent(share) for share in [*row["shares"], row["mean"]]]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [
+        *lines,
+        "",
+        "The defaults are `redundant=0.5` and `spare=2.0`. Settings within half a point of each "
+        "other are not told apart, which here are all: `redundant=0.5` is in the middle, and lets "
+        "the last step act. The form of the "
+        "method (how representatives are picked once every token is redundant, the terms of the "
+        "significance) was chosen on model A too, trained and in training, with scenes of seeds "
+        "101 to 139.",
+        "",
+    ]
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
@@ -193,8 +223,9 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         axes.set_title(f"testbed model {name.upper()}", fontsize=10)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("macro accuracy, %")
-    panels[-1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncols=len(labels))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, dpi=130)
 
@@ -218,7 +249,12 @@ def main() -> None:
             "handwritten digits, answer one-word questions about held-out scenes. The 144 visual "
             "tokens are reduced after the projector and keep their original positions. The vision "
             "tower of A was trained with a label for each patch, which separates contents cleanly; "
-            "that of B never saw one."
+            "that of B never saw one. In a last short stage of training, the language models saw "
+            "scenes with patches missing at random, so that an answer rests on what tokens say "
+            "rather than on how many say it; the first version of these models, without that "
+            "stage, counted by the density of tokens, and LFTR kept 97.8 %, 97.7 % and 91.5 % "
+            "of B at 4x, 8x and 16x (DivPrune 96.2 %, 94.3 % and 86.9 %). Scenes of another seed "
+            "were reported on then than now."
         ),
         "",
         (
@@ -240,8 +276,10 @@ def main() -> None:
             "orderings may differ on photographs and documents."
         ),
         "- One training run of each model. The intervals are over scenes, not over trainings.",
-        "- norm-topk is at its worst here: these encoders give the background the larger norms.",
-        "- Images only: the temporal step of LFTR is idle.",
+        "- A norm says little here: norm-topk is below every control. That is a property of these "
+        "encoders, not a verdict on others.",
+        "- Images only: the temporal step of LFTR is idle. Its last step drops groups in 61 % of "
+        "the scenes at 16x and in none at 8x and 4x (200 tuning scenes, model A).",
         "",
         "## Run it",
         "",

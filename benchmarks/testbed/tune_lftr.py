@@ -23,7 +23,7 @@ from tokenreduce_strategies.lftr import LFTR
 SEEDS = (111, 112, 113)
 REDUCTIONS = (4.0, 8.0, 16.0)
 REDUNDANT = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-SPARE = (1.0, 1.5, 2.0, 3.0)
+SPARE = (1.5, 2.0, 3.0)
 
 
 def tune(scenes: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tokenreduce.tokens import Layout, VisualTokens
 from tokenreduce_strategies.lftr import LFTR
 
 
-def oracle(features, frames, k, still=0.25, redundant=1.0, spare=2.0, sizes=None):
+def oracle(features, frames, k, still=0.25, redundant=0.5, spare=2.0, sizes=None):
     """One item ``(N, D)`` of ``frames`` equal frames, in float64 and loops.
 
     Returns groups (lists of source tokens), by position.
