@@ -126,6 +126,8 @@ def _shortened(reason: str) -> str:
 
 def _remedy(settings: ModelSettings, error: Exception) -> str:
     text = str(error)
+    if isinstance(error, ImportError) and "torchvision" in text.lower():
+        return "Its processor needs torchvision: pip install 'tokenreduce[vision]'"
     if settings.attention is not None and settings.attention.partition("_")[0] in text.lower():
         return "Leave 'attention' out of the model's settings for the library's own choice."
     if "safetensors" in text and not settings.allow_pickle:
