@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax
+from tokenreduce.ops.similarity import similarity_to
 
 
 def covering_representatives(
@@ -42,10 +43,7 @@ def covering_representatives(
     taken = torch.zeros_like(sizes, dtype=torch.bool)
     newest = first
     for step in range(1, most):
-        if gram is None:
-            cosine = torch.bmm(unit, unit[rows, newest, :, None]).squeeze(2)
-        else:
-            cosine = gram[rows, newest]
+        cosine = similarity_to(unit, newest, gram)
         owner = owner.masked_fill(cosine > nearest + TIE_TOLERANCE, step - 1)
         nearest = torch.maximum(nearest, cosine)
         taken[rows, newest] = True

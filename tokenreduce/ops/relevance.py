@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops.selection import first_argmax
+from tokenreduce.ops.similarity import similarity_to
 
 
 def marginal_relevance(
@@ -34,10 +35,7 @@ def marginal_relevance(
         if step == k - 1:
             break
         relevance[items, newest] = -torch.inf
-        if gram is None:
-            cosine = torch.bmm(unit, unit[items, newest, :, None]).squeeze(2)
-        else:
-            cosine = gram[items, newest]
+        cosine = similarity_to(unit, newest, gram)
         closest = torch.maximum(closest, cosine)
         newest = first_argmax(relevance - (1 - balance) * closest, scale=1.0)
     return picks
@@ -70,10 +68,7 @@ def exclusive_picks(
         picks[:, step] = newest
         if step == k - 1:
             break
-        if gram is None:
-            cosine = torch.bmm(unit, unit[items, newest, :, None]).squeeze(2)
-        else:
-            cosine = gram[items, newest]
+        cosine = similarity_to(unit, newest, gram)
         ranked = torch.where(cosine > threshold, torch.minimum(ranked, aside), ranked)
         ranked[items, newest] = -torch.inf
     return picks

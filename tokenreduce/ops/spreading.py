@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops.selection import first_argmax
+from tokenreduce.ops.similarity import similarity_to
 
 
 def farthest_first(unit: Tensor, k: int, *, first: Tensor, gram: Tensor | None = None) -> Tensor:
@@ -27,10 +28,7 @@ def farthest_first(unit: Tensor, k: int, *, first: Tensor, gram: Tensor | None =
     distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
     newest = first
     for step in range(1, k):
-        if gram is None:
-            similarity = torch.bmm(unit, unit[rows, newest, :, None]).squeeze(2)
-        else:
-            similarity = gram[rows, newest]
+        similarity = similarity_to(unit, newest, gram)
         distance = torch.minimum(distance, 1 - similarity)
         distance[rows, newest] = -torch.inf
         # Errors of a cosine are absolute: among near-duplicates every distance is noise.

@@ -28,7 +28,7 @@ from tokenreduce.stage import (
     unchanged_outcomes,
 )
 from tokenreduce_integrations.transformers.families import Family
-from tokenreduce_integrations.transformers.ledger import Ledger, ones
+from tokenreduce_integrations.transformers.ledger import Ledger
 from tokenreduce_integrations.transformers.sequence import (
     ReducedItem,
     SequencePlan,
@@ -212,11 +212,11 @@ class TransformersAttachment(Uncopyable, Attachment):
         elif held and isinstance(mask, Tensor) and mask.ndim == 2:
             past_valid, past = mask[:, :held].bool(), held
         else:
-            past_valid, past = ones(batch, held, embeds.device), held
+            past_valid, past = embeds.new_ones((batch, held), dtype=torch.bool), held
         tokens = query_mask(mask, past, batch, length)
         full = tokens is None and (ledger is None or ledger.full)
         if tokens is None:
-            tokens = ones(batch, length, embeds.device)
+            tokens = embeds.new_ones((batch, length), dtype=torch.bool)
 
         shorter = dict(kwargs)
         plan = None

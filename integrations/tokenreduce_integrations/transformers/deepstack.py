@@ -42,14 +42,12 @@ def shorten_deepstack(
 
 def _merge(layer: Tensor, row_of: Tensor, items: Sequence[ReducedItem]) -> Tensor:
     """Write merged features at the rows of the tokens that they stand at."""
-    merged = [i for i in items if i.reduction is not None and i.reduction.weights is not None]
-    if not merged:
-        return layer
-    layer = layer.clone()
-    source = layer.clone()
-    for item in merged:
-        if item.reduction is None:
+    merged = layer
+    for item in items:
+        if item.reduction is None or item.reduction.gathers:
             continue
+        if merged is layer:
+            merged = layer.clone()
         rows = row_of[item.prompt, item.columns].to(layer.device)
-        layer[rows[item.reduction.positions[0]]] = item.reduction.apply(source[rows][None])[0]
-    return layer
+        merged[rows[item.reduction.positions[0]]] = item.reduction.apply(layer[rows][None])[0]
+    return merged

@@ -15,11 +15,8 @@ from tokenreduce.tokens import Layout
 
 def grid_layout(grid: Sequence[int], count: int) -> Layout:
     """A full grid if it holds ``count`` tokens, else a line."""
-    product = 1
-    for side in grid:
-        product *= int(side)
-    fits = product == count and all(int(side) > 0 for side in grid)
-    return Layout.from_grid([int(side) for side in grid]) if fits else Layout.line(count)
+    fits = math.prod(grid) == count and min(grid) > 0
+    return Layout.from_grid(grid) if fits else Layout.line(count)
 
 
 def square_patches(
@@ -65,9 +62,7 @@ def packed_tiles(
     for index, feature in enumerate(features):
         count = feature.shape[0]
         newline = _newlines(owner, sizes[index : index + 1], side, count, settings)
-        layouts.append(
-            Layout.line(count) if newline is None else _mosaic_layout(side, newline, count)
-        )
+        layouts.append(Layout.line(count) if newline is None else _mosaic_layout(side, newline))
     return layouts
 
 
@@ -120,10 +115,10 @@ def _with_class_token(patches: Layout) -> Layout:
     return Layout(torch.cat([first, patches.coords]), guarded)
 
 
-def _with_newline(clip: Layout) -> Layout:
-    end = clip.coords[-1:] + torch.tensor([[0, 0, 0, 1]])
-    guarded = torch.arange(len(clip) + 1) == len(clip)
-    return Layout(torch.cat([clip.coords, end]), guarded)
+def _with_newline(tokens: Layout) -> Layout:
+    end = tokens.coords[-1:] + torch.tensor([[0, 0, 0, 1]])
+    guarded = torch.arange(len(tokens) + 1) == len(tokens)
+    return Layout(torch.cat([tokens.coords, end]), guarded)
 
 
 def _newlines(
@@ -152,11 +147,13 @@ def _newlines(
     return None
 
 
-def _mosaic_layout(side: int, newline: Tensor, count: int) -> Layout:
-    thumbnail = Layout.from_grid((side, side)).coords
+def _mosaic_layout(side: int, newline: Tensor) -> Layout:
+    thumbnail = Layout.from_grid((side, side))
     rest = newline[side * side :]
     if rest.numel() == 0:
-        return Layout(thumbnail)
+        return thumbnail
+    if rest.numel() == 1:
+        return _with_newline(thumbnail)
     line_length = int(rest.nonzero()[0]) + 1
     place = torch.arange(rest.numel())
     mosaic = torch.stack(
@@ -168,6 +165,4 @@ def _mosaic_layout(side: int, newline: Tensor, count: int) -> Layout:
         ],
         dim=1,
     )
-    if rest.numel() == 1:
-        mosaic = thumbnail[-1:] + torch.tensor([[0, 0, 0, 1]])
-    return Layout(torch.cat([thumbnail, mosaic])[:count], newline)
+    return Layout(torch.cat([thumbnail.coords, mosaic]), newline)

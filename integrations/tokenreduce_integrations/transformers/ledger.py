@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenreduce.errors import AttachmentError
@@ -149,8 +148,3 @@ def _reduced_class(kind: type) -> type:
 def _rebuild(kind: type) -> Any:
     """An empty cache of a reduced class, for copies and pickles."""
     return object.__new__(_reduced_class(kind))
-
-
-def ones(batch: int, length: int, device: torch.device) -> Tensor:
-    """``(batch, length)`` of True."""
-    return torch.ones(batch, length, dtype=torch.bool, device=device)

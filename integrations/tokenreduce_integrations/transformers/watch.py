@@ -272,27 +272,28 @@ class VisualWatch(Uncopyable):
                 self._call.masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
 
     def _encoded_earlier(self, modality: str, pooled: Any) -> list[EncodedItem]:
-        """What is known of features that were encoded before.
-
-        A list of features stays the same tensors when it is repeated for beams. A dense tensor
-        becomes another one, so it is recognised by its first token.
-        """
+        """What is known of features that were encoded before, perhaps repeated since for beams."""
+        dense = self._dense_layout(modality, pooled)
         items: list[EncodedItem] = []
-        first, layout = self._dense.get(modality, (None, None))
-        known = (
-            isinstance(pooled, Tensor)
-            and first is not None
-            and layout is not None
-            and pooled.shape[1] == len(layout)
-            and torch.equal(pooled[0, 0], first)
-        )
         for feature in pooled:
             item = self._encoded_as.get(feature)
             if item is None:
-                guess = layout if known and layout is not None else Layout.line(feature.shape[0])
-                item = EncodedItem(guess, {})
+                layout = Layout.line(feature.shape[0]) if dense is None else dense
+                item = EncodedItem(layout, {})
             items.append(item)
         return items
+
+    def _dense_layout(self, modality: str, pooled: Any) -> Layout | None:
+        """The layout of a dense tensor of features that was seen being encoded.
+
+        Repeating a list leaves its tensors what they are; a dense tensor becomes another one, so
+        it is recognised by its first token.
+        """
+        if not isinstance(pooled, Tensor) or modality not in self._dense:
+            return None
+        first, layout = self._dense[modality]
+        known = pooled.shape[1] == len(layout) and torch.equal(pooled[0, 0], first)
+        return layout if known else None
 
     @outside_compilation
     def _before_owner(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
