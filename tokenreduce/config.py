@@ -2,8 +2,8 @@
 
 A file is parsed in two steps, so that built-in and third-party strategies are checked alike:
 first the keys that belong to the framework (``vars``, ``model``, ``reduce``, and in each stage
-``strategy``, ``site``, ``total`` and the budget), then the rest of each stage against the fields
-of the strategy's dataclass.
+``strategy``, ``site``, ``layer``, ``schedule``, ``total`` and the budget), then the rest of each
+stage against the fields of the strategy's dataclass.
 
 Interpolation refers to other values of the file (``${vars.ratio}``). Resolvers, which could read
 the environment or run code, are refused.
@@ -33,7 +33,7 @@ from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.stage import Stage
 
-_STAGE_KEYS = ("site", "total")
+_STAGE_KEYS = ("site", "total", "layer", "schedule")
 _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 
 
@@ -117,7 +117,10 @@ def dump_pipeline(pipeline: Pipeline) -> str:
     for i, stage in enumerate(pipeline.stages):
         place = root / "reduce" / i
         entry = _dump_reducer(stage.reducer, place)
-        own = {"site": stage.site} | ({} if stage.total is None else {"total": stage.total})
+        own: dict[str, Any] = {"site": stage.site, "total": stage.total, "layer": stage.layer}
+        if stage.schedule is not None:
+            own["schedule"] = dict(stage.schedule)
+        own = {key: value for key, value in own.items() if value is not None}
         stages.append({"strategy": entry.pop("strategy"), **own, **entry})
     data["reduce"] = stages
     return OmegaConf.to_yaml(OmegaConf.create(data))

@@ -24,14 +24,14 @@ class PackedTokens:
         features: ``(total, D)``.
         layouts: the layout of each item; their lengths sum to ``total``.
         sizes: ``(total,)`` float32, how many source tokens each token stands for; None for ones.
-        signals: named tensors; per-token ones packed like the features, others with one leading
-            entry for each item.
+        signals: per-token ones packed like the features; of the others, one tensor for each item,
+            whose shapes may differ (prompts have different lengths).
     """
 
     features: Tensor
     layouts: tuple[Layout, ...]
     sizes: Tensor | None = None
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    signals: Mapping[str, Tensor | Sequence[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         total = sum(len(layout) for layout in self.layouts)
@@ -51,12 +51,9 @@ class PackedTokens:
             layouts=tuple(item.layout for item in items),
             sizes=torch.cat([item.sizes[0] for item in items]),
             signals={
-                name: torch.cat(
-                    [
-                        item.signals[name][0] if vocabulary[name].per_token else item.signals[name]
-                        for item in items
-                    ]
-                )
+                name: torch.cat([item.signals[name][0] for item in items])
+                if vocabulary[name].per_token
+                else [item.signals[name][0] for item in items]
                 for name in names
             },
         )
@@ -69,7 +66,6 @@ class PackedTokens:
     def bucket(self, items: Sequence[int]) -> VisualTokens:
         """Items of equal layout as a dense batch; consecutive ones are a view, not a copy."""
         offsets, n = self.offsets, len(self.layouts[items[0]])
-        vocabulary = installed().signals
         start, stop = items[0], items[-1] + 1
         consecutive = list(items) == list(range(start, stop))
 
@@ -84,10 +80,17 @@ class PackedTokens:
             self.layouts[items[0]],
             sizes=None if self.sizes is None else dense(self.sizes),
             signals={
-                name: dense(signal) if vocabulary[name].per_token else signal[list(items)]
+                name: dense(signal)
+                if isinstance(signal, Tensor)
+                else torch.stack([signal[i] for i in items])
                 for name, signal in self.signals.items()
             },
         )
+
+    def signal_shapes(self, item: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of an item's signals that are not per token."""
+        ragged = (signal for signal in self.signals.values() if not isinstance(signal, Tensor))
+        return tuple(tuple(signal[item].shape) for signal in ragged)
 
 
 def reduce_packed(packed: PackedTokens, reducers: Sequence[Reducer]) -> list[Reduction]:
@@ -104,7 +107,8 @@ def reduce_packed(packed: PackedTokens, reducers: Sequence[Reducer]) -> list[Red
     for index, (layout, reducer) in enumerate(zip(packed.layouts, reducers, strict=True)):
         # What an adaptive strategy keeps differs between items, so it sees them one by one.
         alone = index if reducer.count_class == "adaptive" else None
-        buckets.setdefault((layout.key, reducer, alone), []).append(index)
+        key = (layout.key, reducer, packed.signal_shapes(index), alone)
+        buckets.setdefault(key, []).append(index)
     reductions: list[Reduction | None] = [None] * len(packed.layouts)
     for items in buckets.values():
         reduction = reducers[items[0]](packed.bucket(items))

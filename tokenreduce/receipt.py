@@ -26,6 +26,7 @@ class StageReceipt:
         tokens_in: tokens before the stage, protected ones included.
         tokens_out: tokens after it, protected ones included.
         protected: tokens that stood outside the budget.
+        layer: after how many layers of the LLM, or blocks of the encoder, it ran; None elsewhere.
         reason: why nothing was reduced, or an empty string.
     """
 
@@ -34,6 +35,7 @@ class StageReceipt:
     tokens_in: int
     tokens_out: int
     protected: int = 0
+    layer: int | None = None
     reason: str = ""
 
 
@@ -58,8 +60,16 @@ class ItemReceipt:
 
     @property
     def tokens_out(self) -> int:
-        """Tokens that the LLM sees."""
+        """Tokens that the last stage leaves."""
         return self.stages[-1].tokens_out
+
+    def tokens_after(self, layers: int) -> int:
+        """Tokens that enter the layer after the first ``layers`` ones of the LLM."""
+        count = self.tokens_in
+        for stage in self.stages:
+            if stage.site != "decoder" or (stage.layer or 0) <= layers:
+                count = stage.tokens_out
+        return count
 
 
 class Stopwatch:
@@ -130,7 +140,7 @@ class Receipt:
 
     @property
     def tokens_out(self) -> int:
-        """Visual tokens that the LLM sees."""
+        """Visual tokens that the last stage leaves."""
         return sum(item.tokens_out for item in self.items)
 
     @property
@@ -141,17 +151,19 @@ class Receipt:
     @property
     def tokens_per_layer(self) -> tuple[int, ...]:
         """Visual tokens in each LLM layer, over the batch."""
-        return (self.tokens_out,) * self.layers
+        return tuple(
+            sum(item.tokens_after(layer) for item in self.items) for layer in range(self.layers)
+        )
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the visual tokens' keys and values."""
-        return self.tokens_out * self.kv_bytes_per_token
+        return sum(self.tokens_per_layer) * self.kv_bytes_per_token // max(1, self.layers)
 
     @property
     def kv_bytes_saved(self) -> int:
         """Bytes of keys and values that the dropped tokens would have taken."""
-        return (self.tokens_in - self.tokens_out) * self.kv_bytes_per_token
+        return self.tokens_in * self.kv_bytes_per_token - self.kv_bytes
 
     @property
     def selection_ms(self) -> float:
@@ -184,6 +196,7 @@ class Receipt:
                             "tokens_in": stage.tokens_in,
                             "tokens_out": stage.tokens_out,
                             "protected": stage.protected,
+                            "layer": stage.layer,
                             "reason": stage.reason,
                         }
                         for stage in item.stages
@@ -202,7 +215,8 @@ class Receipt:
             for stage in item.stages:
                 guarded = f", {stage.protected} protected" if stage.protected else ""
                 why = f", {stage.reason}" if stage.reason else ""
-                steps.append(f"{stage.tokens_out} ({stage.strategy} at {stage.site}{guarded}{why})")
+                place = stage.site if stage.layer is None else f"{stage.site} layer {stage.layer}"
+                steps.append(f"{stage.tokens_out} ({stage.strategy} at {place}{guarded}{why})")
             lines.append(" -> ".join(steps))
         factor = self.tokens_in / self.tokens_out if self.tokens_out else float("inf")
         lines.append(

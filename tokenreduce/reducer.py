@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.budget import Budget
-from tokenreduce.capabilities import COUNT_CLASSES, CountClass, StrategyRecord
+from tokenreduce.capabilities import COUNT_CLASSES, SITES, CountClass, StrategyRecord
 from tokenreduce.errors import BudgetError, ReductionError, TokensError
 from tokenreduce.ops.merging import MergeWeights
 from tokenreduce.ops.selection import top_k_indices
@@ -55,7 +55,7 @@ class Reducer(ABC):
             if isinstance(value, list):
                 # Reducers are hashed: items of equal layout and reducer share a bucket.
                 object.__setattr__(self, option, tuple(value))
-        if self.budget is not None and self.budget.keep == 0:
+        if self.budget is not None and self.budget.keep == 0 and "decoder" not in self.record.sites:
             raise BudgetError(
                 f"{self.name}: keep=0 would leave the LLM nothing to see of the image. Keep at "
                 "least one token; dropping all is legal only at the decoder site."
@@ -89,7 +89,7 @@ class Reducer(ABC):
         """The registration record.
 
         A class that nobody registered has that of its nearest registered ancestor under its own
-        name, or else one with the defaults.
+        name, or else one with the defaults that allows every site.
         """
         registered = {record.target: record for record in installed().strategies.values()}
         own, *ancestors = (f"{c.__module__}:{c.__qualname__}" for c in type(self).__mro__)
@@ -101,6 +101,7 @@ class Reducer(ABC):
                 name="",
                 target=own,
                 summary="",
+                sites=SITES,
                 kind="merge" if isinstance(self, Merger) else "prune",
                 count="adaptive" if self.adaptive else "exact",
             )
@@ -184,6 +185,9 @@ class Reducer(ABC):
         if tokens.batch == 0:
             nothing = tokens.features.new_empty((0, self.count(tokens.count)), dtype=torch.long)
             return Reduction.from_kept(tokens, nothing)
+        if self.budget is not None and self.budget.keep == 0:
+            guarded = tokens.layout.protected.nonzero().squeeze(1).to(tokens.features.device)
+            return Reduction.from_kept(tokens, guarded.expand(tokens.batch, -1))
         reason = self.reason_to_keep_all(tokens.count - tokens.layout.protected_count)
         if reason:
             return Reduction.identity(tokens, reason=reason)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from numbers import Integral
 
 from tokenreduce.budget import Budget
 from tokenreduce.capabilities import SITES, Site
@@ -25,16 +27,23 @@ class Stage:
             ``projector`` (after encoder and projector, before the LLM), ``decoder`` (after an LLM
             layer).
         total: most tokens that all visual items of one prompt may keep together.
+        layer: at the decoder site, how many layers of the LLM see the tokens first, at least 1; at
+            the vision site, how many blocks of the encoder do.
+        schedule: in place of ``layer`` and the strategy's budget, the share of the original tokens
+            that go on after each of several layers, as in ``{8: 0.5, 16: 0.25}``; 0 is legal at
+            the decoder site. Kept as pairs in the order of the layers.
 
     Raises:
-        PipelineError: if ``reducer`` is none.
+        PipelineError: if ``reducer`` is none, or ``layer`` and ``schedule`` do not suit the site.
         UnsupportedSite: if the strategy does not run there.
-        BudgetError: if ``total`` is out of range.
+        BudgetError: if ``total`` or a share is out of range, or there are two budgets.
     """
 
     reducer: Reducer
     site: Site = "projector"
     total: int | None = None
+    layer: int | None = None
+    schedule: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reducer, Reducer):
@@ -53,6 +62,52 @@ class Stage:
                     f"strategy {reducer.name!r} does not run at the site {self.site!r}; it runs "
                     f"at: {', '.join(sites)}."
                 )
+        if self.reducer.keep == 0 and self.site != "decoder":
+            raise BudgetError(
+                f"{self.reducer.name}: keep=0 would leave the LLM nothing to see of the image. "
+                "Keep at least one token; dropping all is legal only at the decoder site."
+            )
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", _schedule(self.schedule, self.site))
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        if self.site in ("frames", "projector"):
+            if self.layer is not None or self.schedule is not None:
+                raise PipelineError(
+                    f"layer and schedule say where inside the encoder (site: vision) or the LLM "
+                    f"(site: decoder) a stage runs; this one runs at the site {self.site!r}."
+                )
+            return
+        if self.layer is not None and self.schedule is not None:
+            raise PipelineError("give layer or schedule, not both: a schedule names its layers.")
+        if self.schedule is not None and (self.reducer.budget is not None or self.total):
+            raise BudgetError(
+                "two budgets at once: the schedule says how many tokens to keep. Leave out keep, "
+                "keep_ratio, reduction and total."
+            )
+        if self.layer is not None:
+            _check_layer("layer", self.layer)
+        if self.site == "decoder" and self.layer is None and self.schedule is None:
+            raise PipelineError(
+                "a stage at the decoder site needs layer=2 (how many layers see the tokens first) "
+                "or schedule={8: 0.5, 16: 0.25}."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After how many layers the stage cuts, ascending; empty if it was not told."""
+        if self.schedule is not None:
+            return tuple(dict(self.schedule))
+        return () if self.layer is None else (self.layer,)
+
+    def at(self, layer: int) -> Stage:
+        """The stage at one of its layers, with the budget that its schedule states for it."""
+        if self.schedule is None:
+            return self
+        share = dict(self.schedule)[layer]
+        budget = {"keep": 0} if share == 0 else {"keep_ratio": share}
+        return replace(self, reducer=self.reducer.with_budget(**budget), layer=layer, schedule=None)
 
     def with_budget(
         self,
@@ -76,6 +131,8 @@ class Stage:
             BudgetError: if neither the strategy nor ``total`` says so, or ``total`` cannot be
                 shared because the strategy decides by itself.
         """
+        if self.schedule is not None:
+            return
         if self.total is None:
             self.reducer.require_budget()
         elif self.reducer.budget is None and self.reducer.decides_alone:
@@ -84,24 +141,35 @@ class Stage:
                 f"total={self.total} cannot be shared among items. Give it a budget."
             )
 
-    def reducers(self, layouts: Sequence[Layout], prompts: Sequence[int]) -> list[Reducer]:
+    def reducers(
+        self,
+        layouts: Sequence[Layout],
+        prompts: Sequence[int],
+        original: Sequence[int] | None = None,
+    ) -> list[Reducer]:
         """The reducer for each item, with its share of ``total``.
 
         Args:
             layouts: the layout of each item.
             prompts: index of the prompt that each item belongs to.
+            original: unprotected tokens of each item that ratios are of; those that it has if
+                omitted.
         """
+        free = [len(layout) - layout.protected_count for layout in layouts]
         if self.total is None:
-            return [self.reducer] * len(layouts)
+            budget = self.reducer.budget
+            if original is None or budget is None or budget.keep is not None:
+                return [self.reducer] * len(layouts)
+            return [self.reducer.with_budget(keep=budget.count(n)) for n in original]
         self.require_budget()
         stated = {name: getattr(self.reducer, name) for name in BUDGET_FIELDS}
         budget = Budget(**stated, total=self.total)
         chosen: list[Reducer] = [self.reducer] * len(layouts)
         for prompt in dict.fromkeys(prompts):
             mine = [i for i, owner in enumerate(prompts) if owner == prompt]
-            free = [len(layouts[i]) - layouts[i].protected_count for i in mine]
-            for i, n, share in zip(mine, free, budget.shares(free), strict=True):
-                chosen[i] = self.reducer.with_budget(keep=share if n else 1)
+            shares = budget.shares([free[i] for i in mine])
+            for i, share in zip(mine, shares, strict=True):
+                chosen[i] = self.reducer.with_budget(keep=share if free[i] else 1)
         return chosen
 
 
@@ -119,7 +187,10 @@ class ItemOutcome:
 
 
 def keep_all_outcomes(
-    stages: Sequence[Stage], layouts: Sequence[Layout], prompts: Sequence[int]
+    stages: Sequence[Stage],
+    layouts: Sequence[Layout],
+    prompts: Sequence[int],
+    original: Sequence[int] | None = None,
 ) -> list[ItemOutcome] | None:
     """The outcomes if budgets alone leave every item as it is, else None.
 
@@ -127,7 +198,7 @@ def keep_all_outcomes(
     """
     receipts: list[list[StageReceipt]] = [[] for _ in layouts]
     for stage in stages:
-        for i, reducer in enumerate(stage.reducers(layouts, prompts)):
+        for i, reducer in enumerate(stage.reducers(layouts, prompts, original)):
             reason = reducer.reason_to_keep_all(len(layouts[i]) - layouts[i].protected_count)
             if not reason:
                 return None
@@ -151,33 +222,49 @@ def unchanged_outcomes(
 
 
 def run_stages(
-    stages: Sequence[Stage], packed: PackedTokens, prompts: Sequence[int]
+    stages: Sequence[Stage],
+    packed: PackedTokens,
+    prompts: Sequence[int],
+    *,
+    earlier: Sequence[ItemOutcome] | None = None,
+    original: Sequence[int] | None = None,
 ) -> list[ItemOutcome]:
     """Apply stages one after another to packed items.
 
     Args:
-        stages: at least one, all at the same place in the model.
+        stages: all at the same place in the model.
         packed: the items.
         prompts: index of the prompt that each item belongs to, for budgets per prompt.
+        earlier: what stages inside or before the encoder made of each item. Their reductions are
+            applied here first, where the LLM reads.
+        original: unprotected tokens of each item that ratios are of; those that it has if omitted.
     """
     composed: list[Reduction] = []
     receipts: list[list[StageReceipt]] = [[] for _ in packed.layouts]
+    if earlier is not None and any(outcome.reduction is not None for outcome in earlier):
+        composed = [
+            outcome.reduction
+            or Reduction.identity(packed.bucket([i]), reason=outcome.stages[-1].reason)
+            for i, outcome in enumerate(earlier)
+        ]
+        packed = _outputs(packed, composed)
+    for i, outcome in enumerate(earlier or ()):
+        receipts[i].extend(outcome.stages)
     for number, stage in enumerate(stages):
-        reductions = reduce_packed(packed, stage.reducers(packed.layouts, prompts))
+        reductions = reduce_packed(packed, stage.reducers(packed.layouts, prompts, original))
         for i, reduction in enumerate(reductions):
             receipts[i].append(
                 _stage_receipt(stage, packed.layouts[i], reduction.kept, reduction.reason)
             )
         if number + 1 < len(stages):
-            rest = [
-                reduction.tokens(packed.bucket([i]))[0] for i, reduction in enumerate(reductions)
-            ]
-            packed = PackedTokens.from_items(rest)
+            packed = _outputs(packed, reductions)
         composed = (
             [done.then(more) for done, more in zip(composed, reductions, strict=True)]
             if composed
             else reductions
         )
+    if not composed:
+        return list(earlier or ())
     return [
         ItemOutcome(
             reduction=reduction if _changes_anything(reduction) else None,
@@ -187,6 +274,42 @@ def run_stages(
     ]
 
 
+def _outputs(packed: PackedTokens, reductions: Sequence[Reduction]) -> PackedTokens:
+    items = [reduction.tokens(packed.bucket([i]))[0] for i, reduction in enumerate(reductions)]
+    return PackedTokens.from_items(items)
+
+
+def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:
+    if isinstance(given, Mapping):
+        given = tuple(given.items())
+    if not isinstance(given, tuple | list) or not given:
+        raise PipelineError(
+            f"a schedule maps layers to shares, as in {{8: 0.5, 16: 0.25}}, got {given!r}."
+        )
+    pairs = sorted((_check_layer("schedule", layer), share) for layer, share in given)
+    if len({layer for layer, _ in pairs}) < len(pairs):
+        raise PipelineError(f"schedule names a layer twice: {given!r}.")
+    before: float = 1
+    for layer, share in pairs:
+        if share != 0 or site != "decoder":
+            Budget(keep_ratio=share)
+        if Fraction(share) > Fraction(before):
+            raise BudgetError(
+                f"schedule: after layer {layer} a share of {share} is more than the {before} that "
+                "an earlier layer leaves. Shares are of the original tokens."
+            )
+        before = share
+    return tuple(pairs)
+
+
+def _check_layer(name: str, layer: object) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 1:
+        raise PipelineError(
+            f"{name}: {layer!r} is no layer. Layers count from 1: after the first layer is 1."
+        )
+    return int(layer)
+
+
 def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> StageReceipt:
     return StageReceipt(
         strategy=stage.reducer.name,
@@ -194,6 +317,7 @@ def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> Stag
         tokens_in=len(layout),
         tokens_out=kept,
         protected=layout.protected_count,
+        layer=stage.layer,
         reason=reason,
     )
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenreduce.attachment import Attachment, ItemReduction
-from tokenreduce.errors import AttachmentError, MediaError, UnsupportedModel
+from tokenreduce.capabilities import Site
+from tokenreduce.errors import AttachmentError, MediaError, UnsupportedModel, UnsupportedSite
 from tokenreduce.packing import PackedTokens
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import ItemReceipt, Receipt, Stopwatch, notify_observers
@@ -39,6 +40,7 @@ from tokenreduce_integrations.transformers.sequence import (
     text_row_positions,
 )
 from tokenreduce_integrations.transformers.watch import (
+    EncoderSite,
     Uncopyable,
     VisualInput,
     VisualWatch,
@@ -108,7 +110,7 @@ class TransformersAttachment(Uncopyable, Attachment):
         self._needs = tuple(dict.fromkeys(name for s in stages for name in s.reducer.needs))
         self._under_way = _UnderWay()
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
-        self._watch = VisualWatch(owner, family, self._needs)
+        self._watch = VisualWatch(owner, family, self._needs, self._encoder_site(owner))
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -134,6 +136,25 @@ class TransformersAttachment(Uncopyable, Attachment):
     def reductions(self) -> tuple[ItemReduction, ...]:
         self._read_record()
         return super().reductions
+
+    def _encoder_site(self, owner: Any) -> EncoderSite | None:
+        sites = dict.fromkeys(s.site for s in self.stages if s.site in ("frames", "vision"))
+        if len(sites) > 1:
+            raise UnsupportedSite(
+                "stages at the sites 'frames' and 'vision' in one pipeline: the encoder's blocks "
+                "would merge tokens of frames that they never see. Use one of the two, and a stage "
+                "at the projector site."
+            )
+        if not sites:
+            return None
+        [site] = sites
+        return self.family.encoder_sites[site](owner, lambda: self._stages_at(site))
+
+    def _stages_at(self, site: Site) -> tuple[Stage, ...]:
+        """The stages at a site that act now."""
+        if not self.enabled:
+            return ()
+        return tuple(stage for stage in self.stages if stage.site == site)
 
     # -- the decoder ---------------------------------------------------------------------------
 
@@ -166,13 +187,15 @@ class TransformersAttachment(Uncopyable, Attachment):
 
     def _choose(self, visual: VisualInput, embeds: Tensor) -> _Choice | None:
         """Choose and merge visual tokens; None if all stay, which reads no tensor of the model."""
-        layouts = visual.layouts
-        per_prompt = any(stage.total is not None for stage in self.stages)
-        if self.enabled:
-            prompts = visual.prompts if per_prompt else [0] * len(layouts)
-            unchanged = keep_all_outcomes(self.stages, layouts, prompts)
-        else:
+        layouts, earlier = visual.layouts, visual.earlier
+        stages = self._stages_at("projector")
+        per_prompt = any(stage.total is not None for stage in stages)
+        unchanged: list[ItemOutcome] | None = None
+        if not self.enabled:
             unchanged = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
+        elif earlier is None:
+            prompts = visual.prompts if per_prompt else [0] * len(layouts)
+            unchanged = keep_all_outcomes(stages, layouts, prompts)
         if unchanged is not None:
             self._record(visual, unchanged, embeds.shape[1])
             return None
@@ -185,7 +208,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 layouts=layouts,
                 signals=visual.signals(self._needs),
             )
-            outcomes = run_stages(self.stages, packed, visual.prompts)
+            outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)
         if all(outcome.reduction is None for outcome in outcomes):
             self._record(visual, outcomes, embeds.shape[1], stopwatch=stopwatch)
             return None
@@ -409,7 +432,8 @@ def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
     """Why nothing was reduced, if nothing was."""
     if any(outcome.reduction is not None for outcome in outcomes):
         return ""
-    return "; ".join(dict.fromkeys(outcome.stages[-1].reason for outcome in outcomes))
+    reasons = (stage.reason for outcome in outcomes for stage in outcome.stages[-1:])
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _kv_bytes_per_token(decoder: Any) -> int:

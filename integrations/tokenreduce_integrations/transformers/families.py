@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tokenreduce.capabilities import Site
 from tokenreduce.errors import UnsupportedModel
+from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
 from tokenreduce_integrations.transformers.probes import PatchTowerProbe, Probe
 from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
 
+if TYPE_CHECKING:
+    from tokenreduce_integrations.transformers.watch import EncoderSite
+
 ArgumentShortener = Callable[
     [Mapping[str, Any], SequencePlan, Sequence[ReducedItem]], dict[str, Any]
 ]
+#: (owner, stages at the site that act now) -> the site; asked for the stages at every encoding.
+EncoderSiteFactory = Callable[[Any, Callable[[], tuple[Stage, ...]]], "EncoderSite"]
 LayoutFunction = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], list[Layout]]
 
 
@@ -35,14 +41,21 @@ class Family:
         probe: what reads signals while the encoder runs; without one, strategies read projected
             features only.
         shorten: what shortens the further per-token arguments that this family's decoder reads.
-        sites: sites that can be served.
+        llm_sites: sites at or in the LLM that can be served.
+        encoder_sites: what runs stages before (``frames``) or inside (``vision``) the encoder.
     """
 
     name: str
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
     probe: type[Probe] | None = None
     shorten: ArgumentShortener | None = None
-    sites: tuple[Site, ...] = ("projector",)
+    llm_sites: tuple[Site, ...] = ("projector",)
+    encoder_sites: Mapping[Site, EncoderSiteFactory] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites that can be served."""
+        return (*self.encoder_sites, *self.llm_sites)
 
 
 GENERIC = Family(name="generic")

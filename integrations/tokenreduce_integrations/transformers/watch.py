@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from tokenreduce.errors import (
     StageNotEngaged,
     UnsupportedModel,
 )
+from tokenreduce.stage import ItemOutcome
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.probes import Probe
@@ -46,10 +47,41 @@ def outside_compilation(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """What is known of an encoded item: where its tokens lie, and its signals ``(N, ...)``."""
+    """What is known of an encoded item.
+
+    Attributes:
+        layout: where its N tokens lie.
+        signals: named ``(N, ...)`` tensors.
+        earlier: what stages before or inside the encoder made of it, over its N tokens; None where
+            there are no such stages.
+    """
 
     layout: Layout
     signals: Mapping[str, Tensor]
+    earlier: ItemOutcome | None = None
+
+
+class EncoderSite(Protocol):
+    """Stages before or inside the encoder.
+
+    The encoder's output has the shape that it has without them, so that the model's own reshaping
+    and counting hold: what was dropped or merged stands in it as filler, and the reduction is
+    carried to where the LLM reads, and applied there once.
+    """
+
+    def encode(
+        self, modality: str, call: Callable[..., Any], arguments: inspect.BoundArguments
+    ) -> Any:
+        """Run an encoding call, ``call(*arguments.args, **arguments.kwargs)`` or one like it."""
+        ...
+
+    def outcomes(self, layouts: Sequence[Layout]) -> list[ItemOutcome] | None:
+        """What became of each item of the latest encoding call; None if the site was idle."""
+        ...
+
+    def detach(self) -> None:
+        """Leave the encoder as it was."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +132,19 @@ class VisualInput:
         """The row of each item."""
         return [item.prompt for item in self.items]
 
+    @cached_property
+    def earlier(self) -> list[ItemOutcome] | None:
+        """What stages before or inside the encoder made of each item; None without any."""
+        items = [item for modality in self.masks for item in self.encoded[modality]]
+        done = [item.earlier for item in items if item.earlier is not None]
+        if len(done) not in (0, len(items)):
+            raise AttachmentError(
+                "some visual items of this call were encoded while the pipeline was attached, and "
+                "others were not: its stages inside the encoder would act on some only. Encode all "
+                "of them after attaching."
+            )
+        return done or None
+
     def signals(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Signals of all items end to end.
 
@@ -144,11 +189,19 @@ class VisualWatch(Uncopyable):
         owner: the module that encodes visual items and merges their features into the sequence.
         family: what is particular about the model.
         signals: names of the signals to capture.
+        site: stages before or inside the encoder, if there are any.
     """
 
-    def __init__(self, owner: Any, family: Family, signals: Sequence[str]) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        family: Family,
+        signals: Sequence[str],
+        site: EncoderSite | None = None,
+    ) -> None:
         self.owner = owner
         self.family = family
+        self._site = site
         self._encoded_as = WeakTensorKeyDictionary()
         self._dense: dict[str, tuple[Tensor, Layout]] = {}
         self._call = _Call()
@@ -160,7 +213,7 @@ class VisualWatch(Uncopyable):
         for modality in MODALITIES:
             if hasattr(owner, f"get_{modality}_features"):
                 see = functools.partial(self._see_features, modality)
-                self._wrap(f"get_{modality}_features", see)
+                self._wrap(f"get_{modality}_features", see, modality)
         self._handles: list[RemovableHandle] = [
             owner.register_forward_pre_hook(self._before_owner, with_kwargs=True),
             owner.register_forward_hook(self._after_owner),
@@ -197,6 +250,8 @@ class VisualWatch(Uncopyable):
             handle.remove()
         if self._probe is not None:
             self._probe.detach()
+        if self._site is not None:
+            self._site.detach()
         wrapped, self._wrapped = self._wrapped, {}
         buried = []
         for name, (before, wrapper) in wrapped.items():
@@ -213,9 +268,17 @@ class VisualWatch(Uncopyable):
                 "reverse order of attaching."
             )
 
-    def _wrap(self, name: str, see: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    def _wrap(
+        self, name: str, see: Callable[[Any, Mapping[str, Any]], None], modality: str = ""
+    ) -> None:
         original = getattr(self.owner, name)
         signature = inspect.signature(original)
+        site = self._site if modality else None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if site is None:
+                return original(*args, **kwargs)
+            return site.encode(modality, original, signature.bind(*args, **kwargs))
 
         @outside_compilation
         def look(result: Any, *args: Any, **kwargs: Any) -> None:
@@ -229,7 +292,7 @@ class VisualWatch(Uncopyable):
                 return original(*args, **kwargs)
             self._call.inside_wrapper = True
             try:
-                result = original(*args, **kwargs)
+                result = run(*args, **kwargs)
             finally:
                 self._call.inside_wrapper = False
             look(result, *args, **kwargs)
@@ -256,7 +319,11 @@ class VisualWatch(Uncopyable):
         signals: list[dict[str, Tensor]] = [{} for _ in features]
         if self._probe is not None:
             signals = self._probe.read(modality, features)
-        items = [EncodedItem(*item) for item in zip(layouts, signals, strict=True)]
+        earlier: Sequence[ItemOutcome | None] | None = None
+        if self._site is not None:
+            earlier = self._site.outcomes(layouts)
+        earlier = earlier or [None] * len(layouts)
+        items = [EncodedItem(*item) for item in zip(layouts, signals, earlier, strict=True)]
         for feature, item in zip(features, items, strict=True):
             self._encoded_as[feature] = item
         if isinstance(pooled, Tensor) and len(set(layouts)) == 1:
