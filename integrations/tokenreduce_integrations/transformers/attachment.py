@@ -29,6 +29,7 @@ from tokenreduce.stage import (
     unchanged_outcomes,
 )
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.ledger import Ledger
 from tokenreduce_integrations.transformers.sequence import (
     ReducedItem,
@@ -41,10 +42,8 @@ from tokenreduce_integrations.transformers.sequence import (
 )
 from tokenreduce_integrations.transformers.watch import (
     EncoderSite,
-    Uncopyable,
     VisualInput,
     VisualWatch,
-    outside_compilation,
 )
 
 _SEQUENCE_ARGUMENTS = {"inputs_embeds", "input_ids", "attention_mask", "position_ids"}

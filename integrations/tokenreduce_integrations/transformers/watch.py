@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,12 @@ from tokenreduce.errors import (
 from tokenreduce.stage import ItemOutcome
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.probes import Probe
 
 MODALITIES = ("image", "video")
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 _ABSENT = object()
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def outside_compilation(function: Function) -> Function:
-    """Keep a hook out of compiled graphs: traced, it would be recompiled for every new length."""
-    disabled: Function = torch.compiler.disable(function)
-    return disabled
 
 
 @dataclass(frozen=True)
@@ -160,16 +153,6 @@ class VisualInput:
                     "projected features only."
                 )
         return {name: torch.cat([item.signals[name] for item in items]) for name in names}
-
-
-class Uncopyable:
-    """What a model holds while a pipeline is attached, and a copy of the model must not hold."""
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise AttachmentError(
-            "a model cannot be copied or pickled while a pipeline is attached: the copy's hooks "
-            "would act on the original. Detach, copy, and attach to each."
-        )
 
 
 class _Call(threading.local):
