@@ -160,9 +160,10 @@ class Reduction:
         """
         if sizes is None:
             sizes = self.features.new_ones(self.assignment.shape, dtype=torch.float32)
-        flowed = sizes.float() * (self.assignment >= 0)
-        empty = flowed.new_zeros(self.positions.shape)
-        return empty.scatter_add(1, self.assignment.clamp(min=0), flowed)
+        # Dropped tokens are sent to a spare last column.
+        flowed = sizes.new_zeros((sizes.shape[0], self.kept + 1), dtype=torch.float32)
+        sent = self.assignment.masked_fill(self.assignment < 0, self.kept)
+        return flowed.scatter_add(1, sent, sizes.float())[:, : self.kept]
 
     def tokens(self, source: VisualTokens) -> list[VisualTokens]:
         """The outputs as tokens for a further reducer, one batch of one for each item.
@@ -202,7 +203,9 @@ class Reduction:
                 f"then: the second reduction was made of {tuple(other.assignment.shape)} tokens, "
                 f"this one gives {tuple(self.positions.shape)}."
             )
-        moved = other.assignment.gather(1, self.assignment.clamp(min=0))
+        # Dropped tokens are looked up in a spare last column.
+        onward = torch.nn.functional.pad(other.assignment, (0, 1), value=DROPPED)
+        moved = onward.gather(1, self.assignment.masked_fill(self.assignment < 0, self.kept))
         weights = None
         if self.weights is not None or other.weights is not None:
             weights = compose(
@@ -217,7 +220,7 @@ class Reduction:
         return Reduction(
             features=other.features,
             positions=self.positions.gather(1, other.positions),
-            assignment=torch.where(self.assignment < 0, DROPPED, moved),
+            assignment=moved,
             weights=weights,
             synthetic=synthetic,
             reason=self.reason and other.reason,

@@ -78,9 +78,39 @@ def register_signals(register: Register) -> None:
             "prompt embeddings in the space that a vision-text encoder shares with images",
         ),
         (
-            "decoder_attention",
+            "last_token_attention",
             ("batch", "tokens"),
-            "attention of the prompt's query tokens to each visual token in an LLM layer",
+            "attention of the prompt's last token to each token, in the LLM layer before the cut",
+        ),
+        (
+            "prompt_attention",
+            ("batch", "tokens", "prompt"),
+            "attention of each text token after the item to each token, in that layer",
+        ),
+        (
+            "unrotated_attention",
+            ("batch", "tokens"),
+            "attention of the last token without rotary positions, in that layer",
+        ),
+        (
+            "decoder_received_attention",
+            ("batch", "tokens"),
+            "mean attention that each token receives from the whole sequence, in that layer",
+        ),
+        (
+            "decoder_keys",
+            ("batch", "tokens", "channels"),
+            "attention keys of each token, heads end to end, in that layer",
+        ),
+        (
+            "prompt_keys",
+            ("batch", "prompt", "channels"),
+            "attention keys of each text token after the item, in that layer",
+        ),
+        (
+            "prompt_states",
+            ("batch", "prompt", "channels"),
+            "hidden states of each text token after the item, at the cut",
         ),
     ):
         register(name, dims=dims, meaning=meaning)

@@ -185,6 +185,13 @@ class ItemOutcome:
     reduction: Reduction | None
     stages: tuple[StageReceipt, ...]
 
+    def then(self, other: ItemOutcome) -> ItemOutcome:
+        """This outcome followed by one over the tokens that it left."""
+        reduction = self.reduction or other.reduction
+        if self.reduction is not None and other.reduction is not None:
+            reduction = self.reduction.then(other.reduction)
+        return ItemOutcome(reduction=reduction, stages=(*self.stages, *other.stages))
+
 
 def keep_all_outcomes(
     stages: Sequence[Stage],

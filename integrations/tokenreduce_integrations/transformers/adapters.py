@@ -12,7 +12,9 @@ from tokenreduce.plugins import installed
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
+from tokenreduce_integrations.transformers.depth import check_depth
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.rows import DECODER_SIGNALS
 
 
 class TransformersAdapter:
@@ -43,6 +45,13 @@ class TransformersAdapter:
         for stage in stages:
             self._check(model, owner, stage)
 
+    def _offers(self, owner: Any, stage: Stage) -> frozenset[str]:
+        """Names of the signals that a stage may read."""
+        if stage.site == "decoder":
+            return DECODER_SIGNALS
+        probe = self.family.probe
+        return frozenset() if probe is None else probe.offers(owner)
+
     def _check(self, model: nn.Module, owner: Any, stage: Stage) -> None:
         if stage.site not in self.family.sites:
             raise UnsupportedSite(
@@ -50,8 +59,9 @@ class TransformersAdapter:
                 f"{type(model).__name__} ({self.family.name} family) is served at: "
                 f"{', '.join(self.family.sites)}."
             )
-        probe = self.family.probe
-        offered = frozenset[str]() if probe is None else probe.offers(owner)
+        if stage.site == "decoder":
+            check_depth(families.find_decoder(model), stage.layers)
+        offered = self._offers(owner, stage)
         missing = [name for name in stage.reducer.needs if name not in offered]
         if missing:
             would_work = [

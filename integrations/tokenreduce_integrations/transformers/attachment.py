@@ -28,49 +28,60 @@ from tokenreduce.stage import (
     run_stages,
     unchanged_outcomes,
 )
+from tokenreduce_integrations.transformers.depth import DecoderSite, DepthRun, entering
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
-from tokenreduce_integrations.transformers.ledger import Ledger
+from tokenreduce_integrations.transformers.ledger import Given, Ledger, Slots
 from tokenreduce_integrations.transformers.sequence import (
     ReducedItem,
     SequencePlan,
+    gather_outputs,
     gather_positions,
-    plan_sequence,
-    query_mask,
     restore_length,
     text_row_positions,
 )
-from tokenreduce_integrations.transformers.watch import (
-    EncoderSite,
-    VisualInput,
-    VisualWatch,
-)
+from tokenreduce_integrations.transformers.watch import EncoderSite, VisualInput, VisualWatch
 
 _SEQUENCE_ARGUMENTS = {"inputs_embeds", "input_ids", "attention_mask", "position_ids"}
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the stages made of the visual items of a batch of prompts.
+    """What the stages before the LLM made of the visual items of a batch of prompts."""
 
-    ``rows`` and ``columns`` say where all items' tokens lie, end to end.
-    """
-
-    items: list[ReducedItem]
+    visual: VisualInput
     outcomes: list[ItemOutcome]
-    rows: Tensor
-    columns: Tensor
     stopwatch: Stopwatch
+
+    @property
+    def reduces(self) -> bool:
+        return any(outcome.reduction is not None for outcome in self.outcomes)
+
+    @property
+    def items(self) -> list[ReducedItem]:
+        return [
+            ReducedItem(item.prompt, item.columns, outcome.reduction)
+            for item, outcome in zip(self.visual.items, self.outcomes, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What the hook after the decoder needs of the one before it."""
+    """What the hook after the decoder needs of the one before it.
 
+    Attributes:
+        given: what the caller gave.
+        plan: the sequence that entered the decoder; None if it is the given one.
+        entered: the slots of that sequence.
+        choice: what the stages before the LLM made of the visual items, if there are any.
+        run: what happens between the layers; None if nothing does.
+    """
+
+    given: Given
     plan: SequencePlan | None
-    length: int
-    before: Ledger | None
-    after: Ledger
+    entered: Slots
+    choice: _Choice | None
+    run: DepthRun | None
 
 
 class _UnderWay(threading.local):
@@ -106,9 +117,13 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         self.family = family
         self.decoder = decoder
-        self._needs = tuple(dict.fromkeys(name for s in stages for name in s.reducer.needs))
+        self._needs = _needs(stages, "projector")
         self._under_way = _UnderWay()
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
+        self._depth: DecoderSite | None = None
+        if layers := sorted({n for s in stages if s.site == "decoder" for n in s.layers}):
+            needs = _needs(stages, "decoder")
+            self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), layers, needs)
         self._watch = VisualWatch(owner, family, self._needs, self._encoder_site(owner))
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -124,6 +139,8 @@ class TransformersAttachment(Uncopyable, Attachment):
         """
         for handle in self._handles:
             handle.remove()
+        if self._depth is not None:
+            self._depth.detach()
         self._watch.detach()
 
     @property
@@ -180,94 +197,109 @@ class TransformersAttachment(Uncopyable, Attachment):
                 f"{self.family.name} adapter does not serve it."
             )
         choice = None if visual is None else self._choose(visual, embeds)
-        if choice is None and ledger is None:
+        cuts = choice is not None and self._depth is not None and self.enabled
+        reduces = choice is not None and choice.reduces
+        if choice is not None and not cuts and not reduces:
+            self._record(choice, choice.outcomes, embeds.shape[1])
+        if ledger is None and not cuts and not reduces:
             return None
-        return args, self._shortened(visual, choice, embeds, cache, ledger, kwargs)
+        given = Given.of(embeds, kwargs.get("attention_mask"), cache)
+        shorter, plan, entered = None, None, given.slots
+        if ledger is not None or reduces:
+            shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
+        run = self._between_layers(choice if cuts else None, cache, given, plan, entered)
+        self._under_way.call = _Call(given, plan, entered, choice, run)
+        if ledger is not None:
+            ledger.inside_decoder = True
+        return None if shorter is None else (args, shorter)
 
-    def _choose(self, visual: VisualInput, embeds: Tensor) -> _Choice | None:
-        """Choose and merge visual tokens; None if all stay, which reads no tensor of the model."""
+    def _choose(self, visual: VisualInput, embeds: Tensor) -> _Choice:
+        """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
         layouts, earlier = visual.layouts, visual.earlier
-        stages = self._stages_at("projector")
-        per_prompt = any(stage.total is not None for stage in stages)
-        unchanged: list[ItemOutcome] | None = None
+        stages, stopwatch = self._stages_at("projector"), Stopwatch()
         if not self.enabled:
-            unchanged = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
-        elif earlier is None:
+            outcomes = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
+            return _Choice(visual, outcomes, stopwatch)
+        if earlier is None:
+            per_prompt = any(stage.total is not None for stage in stages)
             prompts = visual.prompts if per_prompt else [0] * len(layouts)
             unchanged = keep_all_outcomes(stages, layouts, prompts)
-        if unchanged is not None:
-            self._record(visual, unchanged, embeds.shape[1])
-            return None
-        rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
-        columns = torch.cat([item.columns for item in visual.items])
-        stopwatch = Stopwatch()
+            if unchanged is not None:
+                return _Choice(visual, unchanged, stopwatch)
         with stopwatch.running(embeds.device):
+            rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
+            columns = torch.cat([item.columns for item in visual.items])
             packed = PackedTokens(
                 features=embeds[rows, columns],
                 layouts=layouts,
                 signals=visual.signals(self._needs),
             )
             outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)
-        if all(outcome.reduction is None for outcome in outcomes):
-            self._record(visual, outcomes, embeds.shape[1], stopwatch=stopwatch)
-            return None
-        items = [
-            ReducedItem(item.prompt, item.columns, outcome.reduction)
-            for item, outcome in zip(visual.items, outcomes, strict=True)
-        ]
-        return _Choice(items, outcomes, rows, columns, stopwatch)
+        return _Choice(visual, outcomes, stopwatch)
 
     def _shortened(
         self,
-        visual: VisualInput | None,
         choice: _Choice | None,
         embeds: Tensor,
         cache: Any,
-        ledger: Ledger | None,
+        given: Given,
         kwargs: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """The arguments of the decoder for the shorter sequence."""
-        batch, length = embeds.shape[:2]
-        held, mask = Ledger.held(cache), kwargs.get("attention_mask")
-        if ledger is not None:
-            past_valid, past = ledger.aligned(held, batch)
-        elif held and isinstance(mask, Tensor) and mask.ndim == 2:
-            past_valid, past = mask[:, :held].bool(), held
-        else:
-            past_valid, past = embeds.new_ones((batch, held), dtype=torch.bool), held
-        tokens = query_mask(mask, past, batch, length)
-        full = tokens is None and (ledger is None or ledger.full)
-        if tokens is None:
-            tokens = embeds.new_ones((batch, length), dtype=torch.bool)
-
-        shorter = dict(kwargs)
-        plan = None
-        if choice is not None:
+    ) -> tuple[dict[str, Any], SequencePlan | None, Slots]:
+        """The arguments of the decoder for the shorter sequence, and that sequence."""
+        shorter, plan, entered = dict(kwargs), None, given.slots
+        if choice is not None and choice.reduces:
             with choice.stopwatch.running(embeds.device):
-                plan, shorter["inputs_embeds"] = _gather_outputs(embeds, tokens, choice)
+                items = choice.items
+                plan, shorter["inputs_embeds"] = gather_outputs(embeds, given.slots.valid, items)
             if self.family.shorten is not None:
-                shorter.update(self.family.shorten(kwargs, plan, choice.items))
-            self._refuse_unknown(kwargs, shorter, cache, batch, length)
-            full = bool(plan.valid.all()) and bool(past_valid.all())
-            self._record(
-                visual,
-                choice.outcomes,
-                length,
-                sequence_out=plan.columns.shape[1],
-                stopwatch=choice.stopwatch,
-            )
-        shorter["position_ids"] = _positions(
-            kwargs.get("position_ids"), plan, past, past_valid, length, embeds.device
-        )
-        valid = torch.cat([past_valid, tokens if plan is None else plan.valid], dim=1)
+                shorter.update(self.family.shorten(kwargs, plan, items))
+            self._refuse_unknown(kwargs, shorter, cache, *embeds.shape[:2])
+            entered = Slots.entered(plan.valid, full=bool(plan.valid.all()))
+            if self._depth is None:
+                self._record(choice, choice.outcomes, embeds.shape[1], plan.columns.shape[1])
+        shorter["position_ids"] = _positions(kwargs.get("position_ids"), plan, given)
         # Without a cache, a missing mask and gaps in the positions would be taken for packed
         # samples; with one, a missing mask is safe and spares the decoder a mask.
         safe = cache is not None and not cache.is_compileable
+        full = given.held.full and entered.full
+        valid = torch.cat([given.held.valid, entered.valid], dim=1)
         shorter["attention_mask"] = None if safe and full else valid.long()
-        self._under_way.call = _Call(plan, length, ledger, Ledger(valid, past + length, full=full))
-        if ledger is not None:
-            ledger.inside_decoder = True
-        return shorter
+        return shorter, plan, entered
+
+    def _between_layers(
+        self,
+        choice: _Choice | None,
+        cache: Any,
+        given: Given,
+        plan: SequencePlan | None,
+        entered: Slots,
+    ) -> DepthRun | None:
+        """Get ready for stages between the layers, and for what they left in the cache."""
+        ledger = Ledger.of(cache)
+        deeper = {} if ledger is None else ledger.deeper
+        if self._depth is None or not self._depth.reaches(deeper):
+            if deeper:
+                raise AttachmentError(
+                    "this cache was shortened between the layers of the LLM by a pipeline with "
+                    f"stages after layers {', '.join(map(str, sorted(deeper)))}: continue it with "
+                    "that pipeline attached, or start with a new cache."
+                )
+            return None
+        if choice is None and not deeper:
+            return None
+        if cache is not None and cache.is_compileable:
+            raise UnsupportedSite(
+                "a static cache and stages at the decoder site: its layers would have to differ in "
+                "length. Use the default dynamic cache, or the projector site."
+            )
+        past = {0: given.held}
+        past |= {n: slots.first(Ledger.held(cache, n)) for n, slots in deeper.items()}
+        run = DepthRun(entered, past)
+        if choice is not None:
+            items = entering(choice.visual.items, choice.outcomes, plan, given.slots)
+            run = DepthRun(entered, past, items, choice.stopwatch)
+        self._depth.begin(run)
+        return run
 
     def _refuse_unknown(
         self,
@@ -301,37 +333,52 @@ class TransformersAttachment(Uncopyable, Attachment):
     @outside_compilation
     def _after_decoder(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call, self._under_way.call = self._under_way.call, None
+        if self._depth is not None:
+            self._depth.end()
         if call is None:
             return None
-        if call.before is not None:
-            call.before.inside_decoder = False
+        before = call.given.ledger
+        if before is not None:
+            before.inside_decoder = False
         if output is None:
             return None
+        plan, run = call.plan, call.run
+        if run is not None and run.cuts:
+            plan = run.plan_from(plan)
+        deeper = {} if run is None else run.deeper()
         cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            call.after.install(cache)
-        if call.plan is not None:
+        if cache is not None and (before is not None or plan is not None):
+            held = call.given.held.followed_by(call.entered, call.given.held.valid.shape[1])
+            length = call.given.past + call.given.slots.valid.shape[1]
+            Ledger(held.valid, length, full=held.full, deeper=deeper).install(cache)
+        if plan is not None:
             output.last_hidden_state = restore_length(
-                output.last_hidden_state, call.plan, call.length
+                output.last_hidden_state, plan, call.given.slots.valid.shape[1]
             )
+        if call.choice is not None and run is not None:
+            outcomes = [
+                done.then(item.outcome)
+                for done, item in zip(call.choice.outcomes, run.items, strict=True)
+            ]
+            sizes = call.given.slots.valid.shape[1], call.entered.valid.shape[1]
+            self._record(call.choice, outcomes, *sizes)
         return output
 
     # -- receipts --------------------------------------------------------------------------------
 
     def _record(
         self,
-        visual: VisualInput | None,
+        choice: _Choice | None,
         outcomes: Sequence[ItemOutcome],
         sequence_in: int,
-        *,
         sequence_out: int | None = None,
-        stopwatch: Stopwatch | None = None,
+        *,
         reason: str = "",
     ) -> None:
         """Keep what happened, to be read when it is asked for: reading waits for the device."""
 
         def make() -> tuple[Receipt, tuple[ItemReduction, ...]]:
-            items = () if visual is None else visual.items
+            items = () if choice is None else choice.visual.items
             receipt = Receipt(
                 items=tuple(
                     ItemReceipt(prompt=item.prompt, modality=item.modality, stages=outcome.stages)
@@ -341,7 +388,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 sequence_out=sequence_in if sequence_out is None else sequence_out,
                 layers=self.decoder.config.num_hidden_layers,
                 kv_bytes_per_token=_kv_bytes_per_token(self.decoder),
-                stopwatch=stopwatch or Stopwatch(),
+                stopwatch=Stopwatch() if choice is None else choice.stopwatch,
                 reason=reason or _common_reason(outcomes),
             )
             reductions = tuple(
@@ -374,56 +421,22 @@ def attachment_of(decoder: nn.Module) -> TransformersAttachment | None:
     return None
 
 
-def _gather_outputs(embeds: Tensor, tokens: Tensor, choice: _Choice) -> tuple[SequencePlan, Tensor]:
-    """The shorter sequence: text, and what the stages left of the visual items.
-
-    Args:
-        embeds: ``(B, S, D)`` embeddings of the given sequence.
-        tokens: ``(B, S)`` False where the caller padded.
-        choice: what the stages chose.
-    """
-    rows, columns, merged = [], [], []
-    for item in choice.items:
-        reduction = item.reduction
-        kept = item.columns if reduction is None else item.columns[reduction.positions[0]]
-        owner = torch.full_like(kept, item.prompt)
-        rows.append(owner)
-        columns.append(kept)
-        if reduction is not None and not reduction.gathers:
-            merged.append((owner, kept, reduction.features[0]))
-    keep = tokens.clone()
-    keep[choice.rows, choice.columns] = False
-    kept_rows, kept_columns = torch.cat(rows), torch.cat(columns)
-    # What the caller masked out stays out, whatever a strategy chose.
-    keep[kept_rows, kept_columns] = tokens[kept_rows, kept_columns]
-    if merged:
-        place_rows, place_columns, features = (
-            torch.cat(parts) for parts in zip(*merged, strict=True)
-        )
-        embeds = embeds.index_put((place_rows, place_columns), features.to(embeds.dtype))
-    pad_right = not bool(tokens[:, -1].all()) and bool(tokens[:, 0].all())
-    plan = plan_sequence(keep, pad_right=pad_right)
-    shorter = embeds.gather(1, plan.columns[..., None].expand(-1, -1, embeds.shape[-1]))
-    return plan, shorter * plan.valid[..., None].to(shorter.dtype)
+def _needs(stages: Sequence[Stage], site: Site) -> tuple[str, ...]:
+    """Names of the signals that stages at a site read."""
+    mine = (stage.reducer for stage in stages if stage.site == site)
+    return tuple(dict.fromkeys(name for reducer in mine for name in reducer.needs))
 
 
-def _positions(
-    position_ids: Tensor | None,
-    plan: SequencePlan | None,
-    past: int,
-    past_valid: Tensor,
-    length: int,
-    device: torch.device,
-) -> Tensor:
+def _positions(position_ids: Tensor | None, plan: SequencePlan | None, given: Given) -> Tensor:
     """Original positions: explicit even where the model would count them by itself."""
     if position_ids is None:
-        position_ids = torch.arange(past, past + length, device=device)[None]
+        position_ids = (given.past + given.slots.index)[:1]
     if plan is None:
         return position_ids
     position_ids = gather_positions(position_ids, plan)
     if position_ids.ndim == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids.clone()
-        position_ids[0] = text_row_positions(plan.valid, past_valid)
+        position_ids[0] = text_row_positions(plan.valid, given.held.valid)
     return position_ids
 
 

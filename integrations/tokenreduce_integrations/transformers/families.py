@@ -49,7 +49,7 @@ class Family:
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
     probe: type[Probe] | None = None
     shorten: ArgumentShortener | None = None
-    llm_sites: tuple[Site, ...] = ("projector",)
+    llm_sites: tuple[Site, ...] = ("projector", "decoder")
     encoder_sites: Mapping[Site, EncoderSiteFactory] = field(default_factory=dict)
 
     @property

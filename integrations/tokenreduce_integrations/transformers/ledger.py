@@ -10,26 +10,77 @@ cache through interleaved and continued generations, beams, copies and pickles.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenreduce.errors import AttachmentError
+from tokenreduce_integrations.transformers.sequence import query_mask
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Tokens of a sequence at some depth of the LLM.
+
+    Attributes:
+        index: ``(B, L)`` which tokens of the first layer's sequence they are.
+        valid: ``(B, L)`` False where one is padding.
+        full: whether all are valid, known without reading ``valid``.
+    """
+
+    index: Tensor
+    valid: Tensor
+    full: bool
+
+    @classmethod
+    def entered(cls, valid: Tensor, *, full: bool) -> Slots:
+        """The sequence of the first layer."""
+        index = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        return cls(index, valid, full)
+
+    def first(self, length: int) -> Slots:
+        """The first ``length`` of them."""
+        return replace(self, index=self.index[:, :length], valid=self.valid[:, :length])
+
+    def followed_by(self, more: Slots, offset: int) -> Slots:
+        """These, and then others whose indices begin at ``offset``."""
+        return Slots(
+            torch.cat([self.index, offset + more.index], dim=1),
+            torch.cat([self.valid, more.valid], dim=1),
+            full=self.full and more.full,
+        )
+
+    def rows(self, rows: Tensor) -> Slots:
+        """Some rows of the batch."""
+        rows = rows.to(self.index.device)
+        return replace(self, index=self.index[rows], valid=self.valid[rows])
 
 
 class Ledger:
     """Bookkeeping of one cache.
 
     Args:
-        valid: ``(B, L)`` which of the held slots are tokens, not padding.
+        valid: ``(B, L)`` which of the slots that the first layer holds are tokens, not padding.
         length: length of the sequence that the caller knows, at least L.
         full: whether every slot is a token, known without reading ``valid``.
+        deeper: what layers hold from some layer on, where that is less.
     """
 
-    def __init__(self, valid: Tensor, length: int, *, full: bool) -> None:
+    def __init__(
+        self,
+        valid: Tensor,
+        length: int,
+        *,
+        full: bool,
+        deeper: Mapping[int, Slots] | None = None,
+    ) -> None:
         self.valid = valid
         self.length = length
         self.full = full
+        self.deeper = dict(deeper or {})
         self.inside_decoder = False
 
     @staticmethod
@@ -40,13 +91,13 @@ class Ledger:
         return None
 
     @staticmethod
-    def held(cache: Any) -> int:
-        """Number of slots that a cache really holds."""
+    def held(cache: Any, layer: int = 0) -> int:
+        """Number of slots that a layer of a cache really holds."""
         if cache is None:
             return 0
         if isinstance(cache, ReducedCache):
-            return cache.held_length()
-        return int(cache.get_seq_length())
+            return cache.held_length(layer)
+        return int(cache.get_seq_length(layer))
 
     @property
     def hidden(self) -> int:
@@ -79,6 +130,58 @@ class Ledger:
             kind: type = type(cache)
             cache.__class__ = _reduced_class(kind)
         cache.ledger = self
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller gave the decoder, and knows to be cached.
+
+    Attributes:
+        slots: the given sequence; invalid where the caller padded.
+        held: what the first layer of the cache holds.
+        past: length of the cached sequence as the caller knows it.
+        ledger: of the cache, or None.
+    """
+
+    slots: Slots
+    held: Slots
+    past: int
+    ledger: Ledger | None
+
+    @classmethod
+    def of(cls, embeds: Tensor, mask: object, cache: Any) -> Given:
+        """Read a call.
+
+        Args:
+            embeds: ``(B, S, D)``.
+            mask: the attention mask, see :func:`query_mask`.
+            cache: the key-value cache, or None.
+
+        Raises:
+            AttachmentError: if the batch is another one than the cache was made for.
+            UnsupportedModel: if the mask spans less than the sequence.
+        """
+        batch, length = embeds.shape[:2]
+        held, ledger = Ledger.held(cache), Ledger.of(cache)
+        padded = held > 0 and isinstance(mask, Tensor) and mask.ndim == 2
+        if ledger is not None:
+            past_valid, past = ledger.aligned(held, batch)
+            past_full = ledger.full
+        elif padded:
+            past_valid, past, past_full = mask[:, :held].bool(), held, False  # type: ignore[index]
+        else:
+            past_valid, past = embeds.new_ones((batch, held), dtype=torch.bool), held
+            past_full = True
+        tokens = query_mask(mask, past, batch, length)
+        full = tokens is None
+        if tokens is None:
+            tokens = embeds.new_ones((batch, length), dtype=torch.bool)
+        return cls(
+            Slots.entered(tokens, full=full),
+            Slots.entered(past_valid, full=past_full),
+            past,
+            ledger,
+        )
 
 
 class ReducedCache:
@@ -126,7 +229,8 @@ class ReducedCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.ledger.valid = self.ledger.valid.repeat_interleave(repeats, dim=0)
+        rows = torch.arange(self.ledger.valid.shape[0]).repeat_interleave(repeats)
+        self._select(rows)
 
     def _forget(self) -> None:
         """Become an ordinary cache again: what was reduced is gone."""
@@ -134,7 +238,9 @@ class ReducedCache:
         self.__class__ = type(self).__bases__[1]
 
     def _select(self, rows: Tensor) -> None:
-        self.ledger.valid = self.ledger.valid[rows.to(self.ledger.valid.device)]
+        ledger = self.ledger
+        ledger.valid = ledger.valid[rows.to(ledger.valid.device)]
+        ledger.deeper = {layer: slots.rows(rows) for layer, slots in ledger.deeper.items()}
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self).__bases__[1],), dict(vars(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,46 @@ def plan_sequence(keep: Tensor, *, pad_right: bool) -> SequencePlan:
     order = (~keep if pad_right else keep).to(torch.uint8).argsort(dim=1, stable=True)
     columns = order[:, :longest] if pad_right else order[:, keep.shape[1] - longest :]
     return SequencePlan(columns, keep.gather(1, columns))
+
+
+def gather_outputs(
+    embeds: Tensor, tokens: Tensor, items: Sequence[ReducedItem]
+) -> tuple[SequencePlan, Tensor]:
+    """The shorter sequence: text, and what the stages left of the visual items.
+
+    Args:
+        embeds: ``(B, S, D)`` embeddings, or hidden states, of the given sequence.
+        tokens: ``(B, S)`` False where it is padded.
+        items: every visual item of the sequence, and what became of it.
+
+    Returns:
+        the plan, and ``(B, S', D)`` with zeros where it is padded.
+    """
+    rows, columns, merged = [], [], []
+    keep = tokens.clone()
+    for item in items:
+        reduction = item.reduction
+        if reduction is None:
+            continue
+        keep[item.prompt, item.columns] = False
+        kept = item.columns[reduction.positions[0]]
+        owner = torch.full_like(kept, item.prompt)
+        rows.append(owner)
+        columns.append(kept)
+        if not reduction.gathers:
+            merged.append((owner, kept, reduction.features[0]))
+    kept_rows, kept_columns = torch.cat(rows), torch.cat(columns)
+    # What the caller masked out stays out, whatever a strategy chose.
+    keep[kept_rows, kept_columns] = tokens[kept_rows, kept_columns]
+    if merged:
+        place_rows, place_columns, features = (
+            torch.cat(parts) for parts in zip(*merged, strict=True)
+        )
+        embeds = embeds.index_put((place_rows, place_columns), features.to(embeds.dtype))
+    pad_right = not bool(tokens[:, -1].all()) and bool(tokens[:, 0].all())
+    plan = plan_sequence(keep, pad_right=pad_right)
+    shorter = embeds.gather(1, plan.columns[..., None].expand(-1, -1, embeds.shape[-1]))
+    return plan, shorter * plan.valid[..., None].to(shorter.dtype)
 
 
 def gather_positions(position_ids: Tensor, plan: SequencePlan) -> Tensor:
