@@ -118,7 +118,7 @@ class Receipt:
     Attributes:
         items: one entry for each visual item, in the order of the prompts.
         sequence_in: length of the padded sequence that the model was given.
-        sequence_out: length of the padded sequence that the LLM computed.
+        sequence_out: length of the padded sequence that the first LLM layer computed.
         layers: number of LLM layers.
         kv_bytes_per_token: bytes of keys and values of one token over all layers; 0 if unknown.
         stopwatch: time spent choosing and merging tokens.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -276,9 +277,21 @@ REFUSED: dict[str, tuple[Any, type[TokenReduceError], str]] = {
     "budget out of range": (one(keep_ratio=1.5), BudgetError, r"reduce\[0\]: .*out of range"),
     "budget is a word": (one(keep="many"), BudgetError, r"whole number"),
     "keep nothing": (one(keep=0), BudgetError, "keep=0"),
+    "no layer": (one(keep=1, site="decoder"), PipelineError, "needs layer=2"),
+    "layer before the LLM": (one(keep=4, layer=2), PipelineError, "site 'projector'"),
+    "schedule of nothing": (
+        one(site="decoder", schedule={}),
+        PipelineError,
+        "maps layers to shares",
+    ),
+    "schedule that grows": (
+        one(site="decoder", schedule={1: 0.2, 2: 0.4}),
+        BudgetError,
+        "more than",
+    ),
     "total is nothing": (one(total=0), BudgetError, r"reduce\[0\]: total=0"),
     "unknown site": (one(keep=1, site="middle"), UnsupportedSite, r"reduce\[0\]: .*'middle'"),
-    "wrong site": (one(keep=1, site="decoder"), UnsupportedSite, r"reduce\[0\]: .*'decoder'"),
+    "wrong site": (one(keep=1, site="vision"), UnsupportedSite, r"reduce\[0\]: .*'vision'"),
     "missing option": (
         {"reduce": [{"strategy": "per-frame", "keep": 9}]},
         PipelineError,
@@ -604,6 +617,15 @@ def test_examples_survive_writing(tmp_path: Path, path: Path) -> None:
 def test_writing_leaves_out_defaults() -> None:
     text = dump_pipeline(load_pipeline(one(reduction=16)))
     assert text == "reduce:\n- strategy: norm-topk\n  site: projector\n  reduction: 16\n"
+
+
+def test_a_schedule_survives_writing() -> None:
+    pipeline = load_pipeline(one(site="decoder", schedule={8: 0.5, 2: 1, 16: 0}))
+    assert pipeline.stages[0].layers == (2, 8, 16)
+    assert "schedule:\n    2: 1\n    8: 0.5\n    16: 0" in dump_pipeline(pipeline)
+    assert load_pipeline(yaml.safe_load(dump_pipeline(pipeline))) == pipeline
+    plain = load_pipeline(one(site="decoder", layer=2, keep_ratio=0.5))
+    assert load_pipeline(yaml.safe_load(dump_pipeline(plain))) == plain
 
 
 def test_a_fraction_stays_exact() -> None:
