@@ -207,7 +207,8 @@ class TransformersAttachment(Uncopyable, Attachment):
         shorter, plan, entered = None, None, given.slots
         if ledger is not None or reduces:
             shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
-        run = self._between_layers(choice if cuts else None, cache, given, plan, entered)
+        cut = choice if cuts else None
+        run = self._between_layers(cut, cache, given, plan, entered, embeds.dtype)
         self._under_way.call = _Call(given, plan, entered, choice, run)
         if ledger is not None:
             ledger.inside_decoder = True
@@ -273,6 +274,7 @@ class TransformersAttachment(Uncopyable, Attachment):
         given: Given,
         plan: SequencePlan | None,
         entered: Slots,
+        dtype: torch.dtype,
     ) -> DepthRun | None:
         """Get ready for stages between the layers, and for what they left in the cache."""
         ledger = Ledger.of(cache)
@@ -294,10 +296,10 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         past = {0: given.held}
         past |= {n: slots.first(Ledger.held(cache, n)) for n, slots in deeper.items()}
-        run = DepthRun(entered, past)
+        run = DepthRun(entered, past, dtype)
         if choice is not None:
             items = entering(choice.visual.items, choice.outcomes, plan, given.slots)
-            run = DepthRun(entered, past, items, choice.stopwatch)
+            run = DepthRun(entered, past, dtype, items, choice.stopwatch)
         self._depth.begin(run)
         return run
 

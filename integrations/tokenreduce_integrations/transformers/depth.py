@@ -66,6 +66,7 @@ class DepthRun:
     Args:
         entered: the sequence that enters the first layer.
         past: what the cache holds before the call, by the layer where each depth begins.
+        dtype: of the hidden states.
         items: the visual items that may be cut.
         stopwatch: counts the time of the stages.
     """
@@ -74,12 +75,15 @@ class DepthRun:
         self,
         entered: Slots,
         past: Mapping[int, Slots],
+        dtype: torch.dtype,
         items: Sequence[LayerItem] = (),
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.items = list(items)
         self.stopwatch = stopwatch or Stopwatch()
+        self.dtype = dtype
         self._past = past
+        self._made: dict[tuple[str, int, int], tuple[Any, Any]] = {}
         #: What each depth computes of the sequence that entered, by the layer where it begins.
         self.depths = {0: entered}
         self.cuts: list[tuple[SequencePlan, list[ReducedItem]]] = []
@@ -101,6 +105,16 @@ class DepthRun:
     def differs_at(self, layer: int) -> bool:
         """Whether a layer computes or holds anything else than the first one does."""
         return len(self.depths) > 1 or self.past(layer) is not self._past[0]
+
+    def once(self, name: str, layer: int, given: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives for an argument of a layer, shared by the layers of its depth."""
+        depths = max(self.depths), max(depth for depth in self._past if depth <= layer)
+        before = self._made.get((name, *depths))
+        if before is not None and before[0] is given:
+            return before[1]
+        made = make()
+        self._made[(name, *depths)] = given, made
+        return made
 
     def plan_from(self, plan: SequencePlan | None) -> SequencePlan:
         """The sequence that leaves the last layer, as columns of the one that ``plan`` is of."""
@@ -266,6 +280,7 @@ class DecoderSite(Uncopyable):
         }
         self._first = min(layers)
         self._signatures = [inspect.signature(layer.forward) for layer in decoder.layers]
+        self._extra = [_var_keyword(signature) for signature in self._signatures]
         self._handles: list[RemovableHandle] = [
             decoder.layers[i].register_forward_pre_hook(self._hook(i), with_kwargs=True)
             for i in range(self._first, len(decoder.layers))
@@ -327,27 +342,30 @@ class DecoderSite(Uncopyable):
 
     def _shorten(self, run: DepthRun, layer: int, given: dict[str, Any]) -> None:
         """Give a layer the positions and the mask of the tokens that it computes and holds."""
-        now, past, entered = run.now, run.past(layer), tuple(run.entered.index.shape)
-        extra = given.pop("kwargs", {})
+        extra = given.get(self._extra[layer], {})
         for arguments in (given, extra):
             for name, value in arguments.items():
-                if name == "attention_mask":
-                    arguments[name] = self._mask(value, run, layer, given["hidden_states"].dtype)
-                elif name == "position_ids" and isinstance(value, Tensor):
-                    # Feeds only the detection of packed samples, which takes a gap for a boundary.
-                    arguments[name] = text_row_positions(now.valid, past.valid)
-                elif name.startswith("position_embeddings"):
-                    arguments[name] = _gather_rotary(value, now.index)
-                elif (
-                    name != "hidden_states"
-                    and isinstance(value, Tensor)
-                    and tuple(value.shape[:2]) == entered
-                ):
-                    arguments[name] = gather_tokens(value, now.index)
-        if extra:
-            given["kwargs"] = extra
+                if name not in ("hidden_states", self._extra[layer]):
+                    arguments[name] = self._shorter(name, value, run, layer)
 
-    def _mask(self, mask: Any, run: DepthRun, layer: int, dtype: torch.dtype) -> Tensor | None:
+    def _shorter(self, name: str, value: Any, run: DepthRun, layer: int) -> Any:
+        """An argument of the first layer as a deeper one needs it, computed once for its depth."""
+        now = run.now
+        if name == "attention_mask":
+            return run.once(name, layer, value, lambda: self._mask(value, run, layer))
+        if now is run.entered:
+            return value
+        if name == "position_ids" and isinstance(value, Tensor):
+            # Feeds only the detection of packed samples, which takes a gap for a boundary.
+            valid = run.past(layer).valid
+            return run.once(name, layer, value, lambda: text_row_positions(now.valid, valid))
+        if name.startswith("position_embeddings"):
+            return run.once(name, layer, value, lambda: _gather_rotary(value, now.index))
+        if isinstance(value, Tensor) and value.shape[:2] == run.entered.index.shape:
+            return run.once(name, layer, value, lambda: gather_tokens(value, now.index))
+        return value
+
+    def _mask(self, mask: Any, run: DepthRun, layer: int) -> Tensor | None:
         now, past, first = run.now, run.past(layer), run.past(0).index.shape[1]
         full = now.full and past.full
         implementation = self._decoder.config._attn_implementation or "eager"
@@ -357,7 +375,7 @@ class DecoderSite(Uncopyable):
             return None if full else torch.cat([past.valid, now.valid], dim=1).long()
         length = first + run.entered.index.shape[1]
         if mask is None:
-            return causal_mask(past, now, None if implementation == "sdpa" else dtype)
+            return causal_mask(past, now, None if implementation == "sdpa" else run.dtype)
         if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != length:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedSite(
@@ -408,6 +426,12 @@ def check_depth(decoder: Any, layers: Sequence[int]) -> None:
             f"attention {implementation!r} of {name}: stages at the decoder site serve eager, sdpa "
             "and flash_attention_2 or later. Load the model with attn_implementation='sdpa'."
         )
+
+
+def _var_keyword(signature: inspect.Signature) -> str:
+    """The name under which further keyword arguments are collected; empty without one."""
+    kinds = ((name, parameter.kind) for name, parameter in signature.parameters.items())
+    return next((name for name, kind in kinds if kind is inspect.Parameter.VAR_KEYWORD), "")
 
 
 def causal_mask(past: Slots, now: Slots, dtype: torch.dtype | None) -> Tensor:

@@ -156,6 +156,26 @@ def test_the_cache_really_shrinks_and_the_receipt_says_so() -> None:
     assert [len(item.kept) for item in run.reductions] == [4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llava-several-images", "qwen2.5-vl", "qwen3-vl"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]()
+    stage = decoder_stage({1: 0.6, 3: 0.3}, tr.create_strategy("uniform"))
+    expected = depth_reference.greedy(case, as_cuts(stage), 1)[1][0]
+    case.model.to(dtype)
+    for key, value in case.inputs.items():
+        if value.is_floating_point() and key.startswith("pixel"):
+            case.inputs[key] = value.to(dtype)
+    plain = generate(case)
+    with tr.attach(case.model, decoder_stage({1: 1.0})):
+        assert all(torch.equal(*pair) for pair in zip(generate(case), plain, strict=True))
+    with tr.attach(case.model, stage):
+        logits = generate(case)[1][0].float()
+    # Roundings of the last bit add up over four layers.
+    scale = expected.abs().max() * (2**-8 if dtype is torch.bfloat16 else 2**-11)
+    assert (logits - expected).abs().max() < 16 * scale
+
+
 def test_beams_equal_those_of_a_prompt_alone() -> None:
     case = llava()
     stage = STAGES["a schedule"]
