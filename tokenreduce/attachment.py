@@ -68,6 +68,7 @@ class Attachment(ABC):
     def __init__(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
         self.model = model
         self.stages = stages
+        self.attached = True
         self.enabled = True
         self._receipt: Receipt | None = None
         self._reductions: tuple[ItemReduction, ...] = ()
@@ -90,11 +91,19 @@ class Attachment(ABC):
 
     @abstractmethod
     def detach(self) -> None:
-        """Take the pipeline off and leave the model exactly as it was before."""
+        """Take the pipeline off and leave the model exactly as it was before.
+
+        It sets ``attached`` to False.
+        """
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Keep all tokens while the context is open; the pipeline stays attached."""
+        """Keep all tokens while the context is open; the pipeline stays attached.
+
+        Raises:
+            AttachmentError: if it is attached no more.
+        """
+        self._require_attached()
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -122,8 +131,10 @@ class Attachment(ABC):
 
         Raises:
             BudgetError: if the budget is invalid or missing.
-            AttachmentError: if it is unclear which stage is meant.
+            AttachmentError: if it is unclear which stage is meant, or the pipeline is attached no
+                more.
         """
+        self._require_attached()
         if keep is None and keep_ratio is None and reduction is None and total is None:
             raise BudgetError("no budget: give keep, keep_ratio, reduction or total.")
         if stage is None and len(self.stages) > 1:
@@ -145,6 +156,13 @@ class Attachment(ABC):
             yield
         finally:
             self.stages = before
+
+    def _require_attached(self) -> None:
+        if not self.attached:
+            raise AttachmentError(
+                f"the pipeline was detached from this {type(self.model).__name__}: nothing is "
+                "reduced any more. Attach it again first."
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,7 @@ class _Call:
         given: what the caller gave.
         plan: the sequence that entered the decoder; None if it is the given one.
         entered: the slots of that sequence.
+        cache: the caller's cache, where the decoder was given a view of it; else None.
         choice: what the stages before the LLM made of the visual items, if there are any.
         run: what happens between the layers; None if nothing does.
     """
@@ -80,8 +81,25 @@ class _Call:
     given: Given
     plan: SequencePlan | None
     entered: Slots
+    cache: Any
     choice: _Choice | None
     run: DepthRun | None
+
+    def ledger(self, plan: SequencePlan | None, deeper: Mapping[int, Slots]) -> Ledger:
+        """The bookkeeping of the cache when the call is over.
+
+        Args:
+            plan: the sequence that left the decoder; None if it is the given one.
+            deeper: what layers hold from some layer on, where that is less.
+        """
+        given, before = self.given, self.given.ledger
+        slots = given.held.valid.shape[1]
+        held = given.held.followed_by(self.entered, slots)
+        length = given.slots.valid.shape[1]
+        firm: Tensor | int = 0 if before is None else before.firm
+        if plan is not None:
+            firm = slots + self.entered.valid.shape[1] - plan.tail(length)
+        return Ledger(held.valid, given.past + length, full=held.full, firm=firm, deeper=deeper)
 
 
 class _UnderWay(threading.local):
@@ -137,6 +155,7 @@ class TransformersAttachment(Uncopyable, Attachment):
             AttachmentError: if another library wrapped the same methods since and its wrapper is
                 still in place; everything else is removed all the same.
         """
+        self.attached = False
         for handle in self._handles:
             handle.remove()
         if self._depth is not None:
@@ -209,10 +228,14 @@ class TransformersAttachment(Uncopyable, Attachment):
             shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
         cut = choice if cuts else None
         run = self._between_layers(cut, cache, given, plan, entered, embeds.dtype)
-        self._under_way.call = _Call(given, plan, entered, choice, run)
-        if ledger is not None:
-            ledger.inside_decoder = True
-        return None if shorter is None else (args, shorter)
+        if shorter is None:
+            self._under_way.call = _Call(given, plan, entered, None, choice, run)
+            return None
+        self._under_way.call = call = _Call(given, plan, entered, cache, choice, run)
+        if cache is not None:
+            call.ledger(plan, {} if ledger is None else ledger.deeper).install(cache)
+            shorter["past_key_values"] = Ledger.view(cache)
+        return args, shorter
 
     def _choose(self, visual: VisualInput, embeds: Tensor) -> _Choice:
         """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
@@ -337,22 +360,17 @@ class TransformersAttachment(Uncopyable, Attachment):
         call, self._under_way.call = self._under_way.call, None
         if self._depth is not None:
             self._depth.end()
-        if call is None:
+        if call is None or output is None:
             return None
-        before = call.given.ledger
-        if before is not None:
-            before.inside_decoder = False
-        if output is None:
-            return None
+        if call.cache is not None:
+            output.past_key_values = call.cache
         plan, run = call.plan, call.run
         if run is not None and run.cuts:
             plan = run.plan_from(plan)
         deeper = {} if run is None else run.deeper()
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and (before is not None or plan is not None):
-            held = call.given.held.followed_by(call.entered, call.given.held.valid.shape[1])
-            length = call.given.past + call.given.slots.valid.shape[1]
-            Ledger(held.valid, length, full=held.full, deeper=deeper).install(cache)
+        if cache is not None and (call.given.ledger is not None or plan is not None):
+            call.ledger(plan, deeper).install(cache)
         if plan is not None:
             output.last_hidden_state = restore_length(
                 output.last_hidden_state, plan, call.given.slots.valid.shape[1]

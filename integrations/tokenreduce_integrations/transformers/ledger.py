@@ -2,9 +2,11 @@
 
 Outside the LLM a cache must report the length of the sequence that the caller knows: ``generate``
 slices its inputs by it, multimodal rotary positions are offset by it, and masks built outside are
-sized by it. Inside the LLM it must report the tokens that it really holds. The ledger lives on the
-cache object, whose class becomes a subclass of its own that keeps the two apart, so it follows the
-cache through interleaved and continued generations, beams, copies and pickles.
+sized by it. Inside the LLM it must report the tokens that it really holds. So there are two objects
+with one state: the caller's cache, whose class becomes a subclass of its own that holds the ledger
+and follows interleaved and continued generations, beams, copies and pickles; and a view of it in
+its original class, which only the LLM sees. Nothing is switched on or off around a call, so an
+interrupted one leaves a cache that still tells the truth.
 """
 
 from __future__ import annotations
@@ -66,6 +68,9 @@ class Ledger:
         valid: ``(B, L)`` which of the slots that the first layer holds are tokens, not padding.
         length: length of the sequence that the caller knows, at least L.
         full: whether every slot is a token, known without reading ``valid``.
+        firm: slots of the first layer up to the last one behind which a token is missing in some
+            layer; after them the cache holds what the caller knows, one to one. A scalar tensor is
+            read only when it is needed.
         deeper: what layers hold from some layer on, where that is less.
     """
 
@@ -75,13 +80,14 @@ class Ledger:
         length: int,
         *,
         full: bool,
+        firm: Tensor | int,
         deeper: Mapping[int, Slots] | None = None,
     ) -> None:
         self.valid = valid
         self.length = length
         self.full = full
+        self.firm = firm
         self.deeper = dict(deeper or {})
-        self.inside_decoder = False
 
     @staticmethod
     def of(cache: Any) -> Ledger | None:
@@ -130,6 +136,14 @@ class Ledger:
             kind: type = type(cache)
             cache.__class__ = _reduced_class(kind)
         cache.ledger = self
+
+    @staticmethod
+    def view(cache: ReducedCache) -> Any:
+        """The cache as the LLM sees it: the same state under its original class."""
+        kind = type(cache).__bases__[1]
+        inner: Any = object.__new__(kind)
+        inner.__dict__ = cache.__dict__
+        return inner
 
 
 @dataclass(frozen=True)
@@ -195,18 +209,15 @@ class ReducedCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         held = self.held_length(layer_idx)
-        return held if self.ledger.inside_decoder or held == 0 else held + self.ledger.hidden
+        return held + self.ledger.hidden if held else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
-        inside = self.ledger.inside_decoder or self.held_length() == 0
-        if inside or self.is_compileable:  # type: ignore[attr-defined]
+        if self.held_length() == 0 or self.is_compileable:  # type: ignore[attr-defined]
             return length, offset
         return length + self.ledger.hidden, offset
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
-        if self.ledger.inside_decoder:
-            return super().update(keys, values, layer_idx, *args, **kw)  # type: ignore[misc]
         if self.held_length() > 0:
             raise AttachmentError(
                 "this cache holds a reduced sequence: continue it while the pipeline that made it "
@@ -214,6 +225,23 @@ class ReducedCache:
             )
         self._forget()
         return self.update(keys, values, layer_idx, *args, **kw)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, or crop to a positive length as the caller knows it.
+
+        Raises:
+            AttachmentError: if the cut lies where tokens are missing.
+        """
+        length, removed = self.get_seq_length(), -tokens_to_remove
+        if removed < 0:
+            removed = max(0, length + removed)
+        if 0 < removed < length and removed > self.held_length() - int(self.ledger.firm):
+            raise AttachmentError(
+                f"the cache cannot be cropped by {removed} tokens: it would end inside or before "
+                "visual tokens of which some were dropped. Crop to the end of the last visual "
+                "item or later, or start with a new cache."
+            )
+        super().crop(-removed)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

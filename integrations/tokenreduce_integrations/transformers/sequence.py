@@ -23,6 +23,16 @@ class SequencePlan(NamedTuple):
     columns: Tensor
     valid: Tensor
 
+    def tail(self, length: int) -> Tensor:
+        """How many columns at the end of a sequence of ``length`` stay in their order, all of them.
+
+        Returns:
+            an integer scalar, which is not waited for.
+        """
+        end = torch.arange(length - self.columns.shape[1], length, device=self.columns.device)
+        same = ((self.columns == end) & self.valid).all(0)
+        return same.flip(0).cumprod(0).sum()
+
 
 class ReducedItem(NamedTuple):
     """A visual item and what became of it.
