@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenreduce.errors import AttachmentError, BudgetError, PipelineError, UnsupportedModel
 from tokenreduce.pipeline import Pipeline
@@ -200,7 +201,8 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
     """Make a live model see fewer visual tokens.
 
     Args:
-        model: a multimodal model of a library that an installed adapter serves.
+        model: a multimodal model of a library that an installed adapter serves, also compiled,
+            parallel, or with PEFT adapters.
         pipeline: a reducer (used at the projector site), a stage, several of them, or a pipeline.
         processor: the model's processor, handed to the adapter, which may read the prompt with it.
 
@@ -214,12 +216,24 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
         MissingSignal: if a stage needs a signal that the model cannot give.
         AttachmentError: if a pipeline is attached to the model already.
     """
-    # A compiled module forwards to the original, on which hooks belong.
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     stages = as_stages(pipeline)
     for stage in stages:
         stage.require_budget()
     return find_adapter(model).attach(model, stages, processor)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that a compiled, parallel or PEFT wrapper forwards to: hooks belong there."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def as_stages(pipeline: Reducible) -> tuple[Stage, ...]:

@@ -61,6 +61,10 @@ class UnsupportedSite(TokenReduceError, ValueError):
     """A stage at a site that the strategy or the model cannot serve."""
 
 
+class UnsupportedGeneration(TokenReduceError, ValueError):
+    """A way of generating that cannot go with a shorter sequence."""
+
+
 class AttachmentError(TokenReduceError, RuntimeError):
     """An attachment is in the wrong state: attached twice, detached, or tampered with."""
 

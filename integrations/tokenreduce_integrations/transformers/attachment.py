@@ -30,6 +30,7 @@ from tokenreduce.stage import (
 )
 from tokenreduce_integrations.transformers.depth import DecoderSite, DepthRun, entering
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.generation import GenerateWatch
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.ledger import Given, Ledger, Slots
 from tokenreduce_integrations.transformers.sequence import (
@@ -143,6 +144,7 @@ class TransformersAttachment(Uncopyable, Attachment):
             needs = _needs(stages, "decoder")
             self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), layers, needs)
         self._watch = VisualWatch(owner, family, self._needs, self._encoder_site(owner))
+        self._generate_watch = GenerateWatch(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -160,7 +162,10 @@ class TransformersAttachment(Uncopyable, Attachment):
             handle.remove()
         if self._depth is not None:
             self._depth.detach()
-        self._watch.detach()
+        try:
+            self._watch.detach()
+        finally:
+            self._generate_watch.detach()
 
     @property
     def receipt(self) -> Receipt:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from tokenreduce.errors import AttachmentError
+
+ABSENT = object()
+"""Where an instance holds nothing under a name."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,4 +28,31 @@ class Uncopyable:
         raise AttachmentError(
             "a model cannot be copied or pickled while a pipeline is attached: the copy's hooks "
             "would act on the original. Detach, copy, and attach to each."
+        )
+
+
+def restore_methods(owner: Any, wrapped: Mapping[str, tuple[object, object]]) -> None:
+    """Put back methods of an instance.
+
+    Args:
+        owner: the instance.
+        wrapped: for each method, what the instance held under its name before (``ABSENT`` for
+            nothing), and the wrapper.
+
+    Raises:
+        AttachmentError: if a wrapper is not in its place any more; the others are restored.
+    """
+    buried = []
+    for name, (before, wrapper) in wrapped.items():
+        if vars(owner).get(name) is not wrapper:
+            buried.append(name)
+        elif before is ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+    if buried:
+        raise AttachmentError(
+            f"cannot restore {', '.join(buried)} of {type(owner).__name__}: something else "
+            "replaced it after the pipeline was attached. Undo that first; detach in the reverse "
+            "order of attaching."
         )

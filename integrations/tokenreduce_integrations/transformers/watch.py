@@ -30,12 +30,16 @@ from tokenreduce.errors import (
 from tokenreduce.stage import ItemOutcome
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
-from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
+from tokenreduce_integrations.transformers.hooks import (
+    ABSENT,
+    Uncopyable,
+    outside_compilation,
+    restore_methods,
+)
 from tokenreduce_integrations.transformers.probes import Probe
 
 MODALITIES = ("image", "video")
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -236,20 +240,7 @@ class VisualWatch(Uncopyable):
         if self._site is not None:
             self._site.detach()
         wrapped, self._wrapped = self._wrapped, {}
-        buried = []
-        for name, (before, wrapper) in wrapped.items():
-            if vars(self.owner).get(name) is not wrapper:
-                buried.append(name)
-            elif before is _ABSENT:
-                delattr(self.owner, name)
-            else:
-                setattr(self.owner, name, before)
-        if buried:
-            raise AttachmentError(
-                f"cannot restore {', '.join(buried)} of {type(self.owner).__name__}: something "
-                "else replaced it after the pipeline was attached. Undo that first; detach in the "
-                "reverse order of attaching."
-            )
+        restore_methods(self.owner, wrapped)
 
     def _wrap(
         self, name: str, see: Callable[[Any, Mapping[str, Any]], None], modality: str = ""
@@ -281,7 +272,7 @@ class VisualWatch(Uncopyable):
             look(result, *args, **kwargs)
             return result
 
-        self._wrapped[name] = (vars(self.owner).get(name, _ABSENT), wrapper)
+        self._wrapped[name] = (vars(self.owner).get(name, ABSENT), wrapper)
         setattr(self.owner, name, wrapper)
 
     def _see_features(self, modality: str, output: Any, arguments: Mapping[str, Any]) -> None:
@@ -346,7 +337,15 @@ class VisualWatch(Uncopyable):
         return layout if known else None
 
     @outside_compilation
-    def _before_owner(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_owner(
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if owner is not self.owner:
+            raise AttachmentError(
+                f"a replica of this {type(owner).__name__} was called (DataParallel on several "
+                "devices?): its hooks would act on the original. Attach to one model for each "
+                "device, or load the model with a device_map."
+            )
         call = self._call
         call.masks, call.encoded = {}, {}
         encoded = kwargs.get("mm_encoder_outputs") or {}

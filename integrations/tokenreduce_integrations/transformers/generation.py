@@ -1,0 +1,71 @@
+"""Ways of generating that a shorter sequence cannot serve, refused before anything is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tokenreduce.errors import UnsupportedGeneration
+from tokenreduce_integrations.transformers.hooks import ABSENT, Uncopyable, restore_methods
+
+
+class GenerateWatch(Uncopyable):
+    """Wraps ``generate`` of a model while attached; a model without one is left alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._wrapped: dict[str, tuple[object, object]] = {}
+        if not hasattr(model, "generate"):
+            return
+        original: Any = model.generate
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            refuse_generation(model, kwargs)
+            return original(*args, **kwargs)
+
+        self._wrapped["generate"] = (vars(model).get("generate", ABSENT), wrapper)
+        self._model.generate = wrapper
+
+    def detach(self) -> None:
+        """Restore ``generate``; detaching twice does nothing.
+
+        Raises:
+            AttachmentError: if something else has replaced it since.
+        """
+        wrapped, self._wrapped = self._wrapped, {}
+        restore_methods(self._model, wrapped)
+
+
+def refuse_generation(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what would split visual items, or lose them, on their way to the decoder.
+
+    Args:
+        model: the model that generates.
+        arguments: those of ``generate``, by name.
+
+    Raises:
+        UnsupportedGeneration: naming the option.
+    """
+    visual = (name for name, value in arguments.items() if value is not None)
+    if not any("pixel" in name or name == "mm_encoder_outputs" for name in visual):
+        return
+    config = arguments.get("generation_config") or model.generation_config
+
+    def option(name: str) -> Any:
+        return arguments.get(name, getattr(config, name, None))
+
+    if option("prefill_chunk_size") is not None:
+        raise UnsupportedGeneration(
+            "prefill_chunk_size: a chunk may end inside an image, and what to keep of an image is "
+            "decided once, for all of it. Leave prefill_chunk_size out while a pipeline is "
+            "attached: the reduced prompt is the shorter one."
+        )
+    if option("cache_implementation") == "paged":
+        raise UnsupportedGeneration(
+            "cache_implementation='paged': continuous batching takes token ids alone, so the "
+            "visual input would be lost. Leave it out."
+        )
