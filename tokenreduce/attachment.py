@@ -225,15 +225,18 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that a compiled, parallel or PEFT wrapper forwards to: hooks belong there."""
+    inner: Any = model
     while True:
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+        if isinstance(inner, nn.DataParallel | DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
         else:
-            return model
+            break
+    found: nn.Module = inner
+    return found
 
 
 def as_stages(pipeline: Reducible) -> tuple[Stage, ...]:

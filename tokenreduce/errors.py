@@ -49,6 +49,10 @@ class MissingExtra(TokenReduceError, ImportError):
     """An optional dependency is not installed."""
 
 
+class UnsupportedRelease(TokenReduceError, ImportError):
+    """A library is installed in a release that TokenReduce does not run on."""
+
+
 class PipelineError(TokenReduceError, ValueError):
     """A pipeline file or object is invalid."""
 

@@ -14,6 +14,7 @@ from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
 from tokenreduce_integrations.transformers.depth import check_depth
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.release import require_supported_release
 from tokenreduce_integrations.transformers.rows import DECODER_SIGNALS
 
 
@@ -29,8 +30,8 @@ class TransformersAdapter:
         self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
-        decoder, owner = families.find_decoder(model), families.find_owner(model)
         self.check(model, stages)
+        decoder, owner = families.find_decoder(model), families.find_owner(model)
         parameter = next(decoder.parameters())
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
@@ -40,6 +41,7 @@ class TransformersAdapter:
 
     def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
+        require_supported_release()
         families.find_decoder(model)
         owner = families.find_owner(model)
         for stage in stages:

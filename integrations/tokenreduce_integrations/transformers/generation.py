@@ -16,11 +16,11 @@ class GenerateWatch(Uncopyable):
     """Wraps ``generate`` of a model while attached; a model without one is left alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
+        self._model = model
         self._wrapped: dict[str, tuple[object, object]] = {}
-        if not hasattr(model, "generate"):
+        original: Any = getattr(model, "generate", None)
+        if original is None:
             return
-        original: Any = model.generate
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -28,7 +28,7 @@ class GenerateWatch(Uncopyable):
             return original(*args, **kwargs)
 
         self._wrapped["generate"] = (vars(model).get("generate", ABSENT), wrapper)
-        self._model.generate = wrapper
+        vars(model)["generate"] = wrapper
 
     def detach(self) -> None:
         """Restore ``generate``; detaching twice does nothing.

@@ -1,0 +1,20 @@
+"""Sessions that need an environment of their own: the oldest and the newest transformers."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["transformers"]
+
+RELEASES = {"oldest": "transformers==5.19.0", "newest": "transformers>=5.19,<6"}
+
+
+@nox.session
+@nox.parametrize("release", list(RELEASES))
+def transformers(session: nox.Session, release: str) -> None:
+    """Run the tests of the integration on one release of transformers."""
+    session.install("-e", ".[test]", RELEASES[release])
+    tests = "tests/integrations/transformers"
+    # Nothing here may ask the model hub.
+    offline = {"HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", "-q", tests, *session.posargs, env=offline)
