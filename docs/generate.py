@@ -54,6 +54,10 @@ def card(record: StrategyRecord) -> str:
         raise SystemExit(f"{record.name}: no source for {module}")
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     needs = ", ".join(record.needs) or "features only"
+    if record.uses:
+        needs += f" ({', '.join(record.uses)} where the tokens carry them)"
+    if record.needs_weights:
+        needs += "; trained weights from a file of yours"
     return (
         f"# {record.name}\n\n"
         f"{record.summary}\n\n"

@@ -8,7 +8,16 @@ from tokenreduce.errors import RegistrationError
 Site = Literal["frames", "vision", "projector", "decoder"]
 Kind = Literal["prune", "merge"]
 CountClass = Literal["exact", "layout", "adaptive"]
-CostClass = Literal["score", "neighbor", "bipartite", "greedy", "coverage", "removal", "per_frame"]
+CostClass = Literal[
+    "score",
+    "neighbor",
+    "bipartite",
+    "greedy",
+    "coverage",
+    "removal",
+    "decomposition",
+    "per_frame",
+]
 Parity = Literal["official", "description", "none"]
 
 SITES: tuple[Site, ...] = get_args(Site)
@@ -22,6 +31,7 @@ COST_MEANING: dict[str, str] = {
     "greedy": "greedy selection with running distances, k steps over N tokens",
     "coverage": "greedy coverage, k steps over an N x N matrix",
     "removal": "iterative removal, several rounds over what remains",
+    "decomposition": "a singular value decomposition of the tokens",
     "per_frame": "the same work for each frame, linear in frames",
 }
 
@@ -40,7 +50,9 @@ class StrategyRecord:
             frames, height and width; ``"adaptive"``: from the data.
         cost: the cost class, see :data:`COST_MEANING`.
         needs: names of the signals it reads beside the features themselves.
+        uses: names of the signals that it reads as well where the tokens carry them.
         needs_grid: whether it runs only on tokens that form a full (t, y, x) grid.
+        needs_weights: whether it runs only with weights from a file that the user names.
         wraps: whether it takes other strategies and applies them.
         parity: ``"official"``: equals official code on recorded cases; ``"description"``: written
             from a published description; ``"none"``: there is no official code.
@@ -57,7 +69,9 @@ class StrategyRecord:
     count: CountClass = "exact"
     cost: CostClass = "score"
     needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     needs_grid: bool = False
+    needs_weights: bool = False
     wraps: bool = False
     parity: Parity = "none"
     paper: str = ""
@@ -78,14 +92,14 @@ class StrategyRecord:
                 )
         for field, kind in (
             *((name, str) for name in ("summary", "paper", "extra")),
-            *((name, bool) for name in ("needs_grid", "wraps")),
+            *((name, bool) for name in ("needs_grid", "needs_weights", "wraps")),
         ):
             value = getattr(self, field)
             if not isinstance(value, kind):
                 raise RegistrationError(
                     f"strategy {self.name!r}: {field} must be a {kind.__name__}, got {value!r}."
                 )
-        for field in ("sites", "needs"):
+        for field in ("sites", "needs", "uses"):
             value = getattr(self, field)
             if (
                 isinstance(value, str)

@@ -56,6 +56,11 @@ def register_signals(register: Register) -> None:
             "attention of the class token to each token, averaged over heads",
         ),
         (
+            "shallow_class_attention",
+            ("batch", "tokens"),
+            "class attention of an early encoder layer",
+        ),
+        (
             "received_attention",
             ("batch", "tokens"),
             "attention that each token receives from all others, averaged over heads",

@@ -94,6 +94,10 @@ def _not_for_wrappers(subject: Subject) -> str:
     return "a wrapper's options hold strategies" if subject.record.wraps else ""
 
 
+def _not_without_budget(subject: Subject) -> str:
+    return "" if subject.takes_budget else "it takes no budget"
+
+
 @_check("record")
 def check_record(subject: Subject) -> None:
     """The registered name resolves to this class, and record and class agree."""
@@ -108,10 +112,10 @@ def check_record(subject: Subject) -> None:
                 f"{reducer.name!r}: one class is registered under two names"
             )
     vocabulary = installed().signals
-    for name in record.needs:
+    for name in (*record.needs, *record.uses):
         if name not in vocabulary:
-            fail(f"needs the signal {name!r}, which no plugin registered")
-    if record.wraps:
+            fail(f"reads the signal {name!r}, which no plugin registered")
+    if record.wraps or not subject.takes_budget:
         return
     if reducer.adaptive != (record.count == "adaptive"):
         fail(
@@ -208,7 +212,8 @@ def check_shapes(subject: Subject) -> None:
     for batch in (1, 2):
         tokens = subject.image(5, 7, batch=batch)
         # Around the framework's own checks, which would mix up shape and count.
-        problem = shape_problem(subject.create(keep=9).reduce(tokens), tokens)
+        reduction = subject.create(keep=9).reduce(tokens)
+        problem = shape_problem(reduction, tokens, may_be_empty=subject.may_drop_all)
         if problem:
             fail(f"{problem} (keep=9 of 35, batch of {batch})")
 
@@ -300,7 +305,7 @@ def check_kind(subject: Subject) -> None:
         fail("is registered as kind='prune', but changes the tokens that it keeps")
 
 
-@_check("keep-all", after=CONTRACT)
+@_check("keep-all", after=CONTRACT, applies=_not_without_budget)
 def check_keep_all(subject: Subject) -> None:
     """With a budget of all tokens or more, everything stays bit-identical, with a reason."""
     tokens = subject.image(4, 5)
@@ -552,7 +557,7 @@ def check_no_budget(subject: Subject) -> None:
         if subject.record.count == "adaptive":
             fail("is adaptive, but raised BudgetError without a budget")
         return
-    if subject.record.count != "adaptive":
+    if subject.takes_budget and subject.record.count != "adaptive":
         fail("is not adaptive, but ran without a budget, expected a BudgetError")
     problem = subject.problem(reduction, tokens)
     if problem:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenreduce.api import create_strategy, strategy_info
 from tokenreduce.budget import Budget
 from tokenreduce.capabilities import StrategyRecord
-from tokenreduce.errors import RegistrationError, TokenReduceError
+from tokenreduce.errors import BudgetError, RegistrationError, TokenReduceError
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
@@ -73,6 +73,11 @@ class Subject:
         """
         if isinstance(strategy, str):
             record = strategy_info(strategy)
+            if record.needs_weights:
+                raise RegistrationError(
+                    f"strategy {strategy!r} needs weights from a file: give a function from a "
+                    "budget to an instance that names one."
+                )
             if record.wraps:
                 cls_ = installed().strategies.resolve(strategy)
                 return cls(strategy, record, _wrapper_factory(cls_), registered=True)
@@ -84,23 +89,38 @@ class Subject:
                 f"a strategy is a name, a class, an instance or a function, got {strategy!r}."
             )
         try:
-            example = strategy(keep=1)
+            example = strategy()
         except TypeError as error:
             raise RegistrationError(
-                f"{strategy!r} could not be created with keep=1 alone ({error}): give a function "
+                f"{strategy!r} could not be created from a budget alone ({error}): give a function "
                 "from a budget to an instance."
             ) from error
         return cls(example.name, example.record, strategy)
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the strategy can be told how many tokens to keep."""
+        try:
+            self.factory(keep=1)
+        except BudgetError:
+            return False
+        return True
+
+    @property
+    def may_drop_all(self) -> bool:
+        """Whether no token at all may be left."""
+        return self.record.sites == ("decoder",)
+
     def create(self, **budget: Any) -> Reducer:
-        """An instance with a budget, prepared for the CPU."""
-        reducer = self.factory(**budget)
+        """An instance with a budget, if it takes one, prepared for the CPU."""
+        reducer = self.factory(**budget) if self.takes_budget else self.factory()
         reducer.prepare(torch.device("cpu"), torch.float32)
         return reducer
 
     def problem(self, reduction: Reduction, tokens: VisualTokens) -> str:
         """What is wrong with a reduction, except for what is excused; empty if nothing is."""
-        found = shape_problem(reduction, tokens) or position_problem(reduction, tokens.count)
+        found = shape_problem(reduction, tokens, may_be_empty=self.may_drop_all)
+        found = found or position_problem(reduction, tokens.count)
         if not found and "assignment" not in self.excused:
             found = assignment_problem(reduction)
         if not found and "features" not in self.excused:
@@ -109,6 +129,8 @@ class Subject:
 
     def keep_range(self, tokens: int, **budget: Any) -> range:
         """The counts that a strategy of this class may keep of ``tokens`` unprotected ones."""
+        if not self.takes_budget:
+            return range(0 if self.may_drop_all else 1, tokens + 1)
         wanted = Budget(**budget).count(tokens)
         return range(wanted if self.record.count == "exact" else 1, wanted + 1)
 
@@ -140,10 +162,11 @@ class Subject:
         return VisualTokens(features, layout, signals=signals)
 
     def with_all_signals(self, tokens: VisualTokens) -> VisualTokens:
-        """The same tokens with every signal of the vocabulary."""
+        """The same tokens with every signal that the record does not declare."""
         generator = torch.Generator().manual_seed(7)
         shape = (tokens.batch, tokens.count)
-        signals = {name: _signal(name, shape, generator) for name in installed().signals}
+        names = (name for name in installed().signals if name not in self.record.uses)
+        signals = {name: _signal(name, shape, generator) for name in names}
         return VisualTokens(
             tokens.features, tokens.layout, signals={**signals, **dict(tokens.signals)}
         )
@@ -175,7 +198,7 @@ def with_markers(layout: Layout, grid: tuple[int, int]) -> Layout:
     return Layout(coords, protected)
 
 
-def shape_problem(reduction: Reduction, tokens: VisualTokens) -> str:
+def shape_problem(reduction: Reduction, tokens: VisualTokens, *, may_be_empty: bool = False) -> str:
     """Shapes, types and devices."""
     b, n, d = tokens.features.shape
     if not isinstance(reduction, Reduction):
@@ -198,7 +221,7 @@ def shape_problem(reduction: Reduction, tokens: VisualTokens) -> str:
     for name in ("positions", "assignment"):
         if getattr(reduction, name).dtype != torch.long:
             return f"returned {name} of type {getattr(reduction, name).dtype}, expected int64"
-    if m == 0:
+    if m == 0 and not may_be_empty:
         return "kept nothing, expected at least one token"
     return ""
 
@@ -206,6 +229,8 @@ def shape_problem(reduction: Reduction, tokens: VisualTokens) -> str:
 def position_problem(reduction: Reduction, count: int) -> str:
     """Positions are unique, ascending and in range."""
     positions = reduction.positions
+    if positions.numel() == 0:
+        return ""
     if int(positions.min()) < 0 or int(positions.max()) >= count:
         return (
             f"returned positions in [{int(positions.min())}, {int(positions.max())}], expected "
@@ -272,13 +297,14 @@ def _signal(name: str, shape: tuple[int, int], generator: torch.Generator) -> Te
     """A signal of the dimensions that the vocabulary states."""
     batch, n = shape
     sizes = {"batch": batch, "tokens": n, **AXIS_SIZES}
-    if name == "prompt_embeddings":
+    if name in ("prompt_embeddings", "prompt_states"):
         # They live in the space of the LLM, as the features do.
         sizes["channels"] = CHANNELS
-    dims = installed().signals[name].dims
+    record = installed().signals[name]
+    dims = record.dims
     values = torch.randn(*(sizes.get(dim, 4) for dim in dims), generator=generator)
-    # A scalar for each token is an attention map: positive, and it sums to one.
-    return values.softmax(dim=1) if dims == ("batch", "tokens") else values
+    # What has no channels is an attention map: positive, and it sums to one over the tokens.
+    return values.softmax(dim=1) if record.per_token and "channels" not in dims else values
 
 
 def _wrapper_factory(wrapper: type[Reducer]) -> Callable[..., Reducer]:

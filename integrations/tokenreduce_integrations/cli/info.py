@@ -43,6 +43,8 @@ def info(
         ("kept count", f"{record.count}: {_COUNT_MEANING[record.count]}"),
         ("cost", f"{record.cost}: {COST_MEANING[record.cost]}"),
         ("needs", ", ".join(record.needs) or "projected features only"),
+        ("reads if carried", ", ".join(record.uses)),
+        ("needs weights", "yes, from a file of yours" if record.needs_weights else ""),
         ("needs a grid", "yes" if record.needs_grid else "no"),
         ("wraps others", "yes" if record.wraps else "no"),
         ("checked against", PARITY_MARK[record.parity]),
