@@ -4,19 +4,21 @@ Idea: compare every even token with every odd one, and merge the pairs that are 
 size-weighted means. One round is cheap, since each token takes part once; rounds repeat until the
 budget is met.
 
-Algorithm, with N tokens x of sizes s and a budget of k:
+Algorithm, with N tokens x of sizes s, their keys c (the tokens themselves, where they carry none)
+and a budget of k:
     1. split the tokens by position into sources A (even) and targets B (odd);
-    2. for each a in A: its partner is argmax_{b in B} cos(a, b);
+    2. for each a in A: its partner is argmax_{b in B} cos(c_a, c_b);
     3. merge the r = min(N - k, floor(N / 2)) sources most similar to their partners into them:
-       x_b <- (s_b x_b + sum s_a x_a) / (s_b + sum s_a), s_b <- s_b + sum s_a;
+       x_b <- (s_b x_b + sum s_a x_a) / (s_b + sum s_a), s_b <- s_b + sum s_a, and keys like tokens;
     4. the output stands at the target's position; N <- N - r; repeat from 1 until N = k.
 
-Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` in [0, k) -> merged ``(B, k, D)``. Cost:
-O(N^2 D / 4) in the first round, a quarter of that in the next, so at most O(N^2 D / 3).
+Shapes: features ``(B, N, D)``, keys ``(B, N, C)`` -> groups ``(B, N)`` in [0, k) -> merged
+``(B, k, D)``. Cost: O(N^2 C / 4) in the first round, a quarter of that in the next, so at most
+O(N^2 C / 3).
 
 Deviations from the official code: it matches attention keys inside each block of the encoder and
-removes a fixed number per block; here projected features are matched, after the projector, until
-the budget is met exactly. Between rounds tokens stay in source order (the official order, by
+removes a fixed number per block; at the projector site, features are matched after the projector,
+until the budget is met exactly. Between rounds tokens stay in source order (the official order, by
 similarity, would let the last bits of a product decide which tokens are even). Similarities within
 1e-6 are ties, and the first token wins. Attention over merged tokens is not corrected by log size:
 the LLM stays as it is. One round, :func:`merge_round`, equals the official code on recorded cases.
@@ -92,18 +94,28 @@ def merge_round(
     return MergeRound(merge_tokens(features, weights, count), merged_sizes, *matching)
 
 
+def compared(tokens: VisualTokens) -> Tensor:
+    """What matchings compare: the attention keys where the tokens carry them, else the features."""
+    return tokens.signals.get("keys", tokens.features).detach()
+
+
+def merge_rounds(tokens: VisualTokens, keys: Tensor, k: int) -> Grouping:
+    """Rounds of bipartite matching until ``k`` tokens are left; keys merge as the tokens do."""
+    keys, sizes = keys.float(), tokens.sizes.float()
+    positions = torch.arange(tokens.count, device=keys.device).expand(tokens.batch, -1)
+    groups = positions
+    while (count := positions.shape[1]) > k:
+        done = merge_round(keys, keys, sizes, min(count - k, count // 2))
+        order = done.stays.argsort(dim=1)
+        groups = order.argsort(dim=1).gather(1, done.groups).gather(1, groups)
+        keys, sizes = gather_tokens(done.features, order), done.sizes.gather(1, order)
+        positions = positions.gather(1, done.stays.gather(1, order))
+    return Grouping(groups, positions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToMe(Merger):
-    """Merges by rounds of bipartite soft matching on the features."""
+    """Merges by rounds of bipartite soft matching on the keys, or else on the features."""
 
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
-        features, sizes = tokens.features.detach().float(), tokens.sizes.float()
-        positions = torch.arange(tokens.count, device=features.device).expand(tokens.batch, -1)
-        groups = positions
-        while (count := positions.shape[1]) > k:
-            done = merge_round(features, features, sizes, min(count - k, count // 2))
-            order = done.stays.argsort(dim=1)
-            groups = order.argsort(dim=1).gather(1, done.groups).gather(1, groups)
-            features, sizes = gather_tokens(done.features, order), done.sizes.gather(1, order)
-            positions = positions.gather(1, done.stays.gather(1, order))
-        return Grouping(groups, positions)
+        return merge_rounds(tokens, compared(tokens), k)

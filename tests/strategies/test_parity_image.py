@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tokenreduce import Layout, VisualTokens
-from tokenreduce.ops import merge_tokens
+from tokenreduce.ops import bipartite_match, merge_tokens
 from tokenreduce_strategies.cdpruner import CDPruner, conditional_relevance
+from tokenreduce_strategies.dymu import DyMU, calibrated_threshold
 from tokenreduce_strategies.fastervlm import FasterVLM
 from tokenreduce_strategies.folder import Folder, fold
 from tokenreduce_strategies.gprune import GPrune
@@ -227,3 +228,43 @@ def test_prunesid(parity_case, case):
     case.check(
         kept_indices_sorted=kept, group_sizes_sorted=torch.bincount(groups).sort().values[None]
     )
+
+
+@pytest.mark.parametrize("case", ["b2_n196_thr", "b3_n196_r48", "n196_single_thr"])
+def test_dymu(parity_case, case):
+    single = "single" in case
+    case = parity_case(f"dymu/{case}")
+    features, keys = case.inputs["features"], case.inputs["keys"]
+    threshold = case.parameters["threshold"]
+    if threshold is None:
+        threshold = calibrated_threshold(keys, case.parameters["r"])
+        case.check(threshold=torch.tensor([threshold]))
+    assignment, merged, sizes = [], [], []
+    longest = case.expected["merged_features"].shape[1]
+    for x, own in zip(features, keys, strict=True):
+        reduction = DyMU(threshold=threshold)(row_of(x[None], keys=own[None]))
+        group = reduction.group_sizes()[0]
+        # Rows of the official output: even tokens that stay, by falling similarity (single) or by
+        # position, then the odd ones.
+        stays = reduction.positions[0]
+        if single:
+            match = bipartite_match(own[None]).similarity[0]
+            rank = torch.where(stays % 2 == 1, 2.0, -match[stays // 2])
+        else:
+            rank = stays % 2
+        order = rank.argsort(stable=True)
+        assignment.append(order.argsort()[reduction.assignment[0]])
+        share = group / (group + (0 if single else 1e-4))
+        means = reduction.features[0] * share[:, None]
+        pad = (0, longest - len(order))
+        sizes.append(torch.nn.functional.pad(group[order], pad))
+        merged.append(torch.nn.functional.pad(means[order], (0, 0, *pad)))
+    case.check(
+        assignment=torch.stack(assignment),
+        merged_features=torch.stack(merged),
+        sizes=torch.stack(sizes),
+    )
+    if not single:
+        lengths = (torch.stack(sizes) > 0).sum(1)
+        padding = torch.arange(longest) >= lengths[:, None]
+        case.check(lengths=lengths, padding_mask=padding)

@@ -12,6 +12,7 @@ from tokenreduce_strategies.dycoke import DyCoke
 from tokenreduce_strategies.evs import EVS
 from tokenreduce_strategies.flashvid import merge_segment, salient_tokens, segment_lengths
 from tokenreduce_strategies.framefusion import FrameFusion
+from tokenreduce_strategies.free_video_llm import region_boxes
 from tokenreduce_strategies.holitom import HoliTom, static_windows, weakest_steps
 from tokenreduce_strategies.scissor import Scissor, clip_components
 from tokenreduce_strategies.sttm import STTM
@@ -238,3 +239,11 @@ def test_framefusion_merging(parity_case, case):
         kept_indices=kept.nonzero().flatten(),
         merged_features=merged[kept],
     )
+
+
+@pytest.mark.parametrize("case", ["t12_12x12_r0_25", "t6_10x16_r0_4", "t8_24x24_r0_6"])
+def test_free_video_llm_regions(parity_case, case):
+    case = parity_case(f"freevideollm_roi/{case}")
+    options = case.parameters
+    boxes = region_boxes(case.inputs["points"], options["h"], options["w"], options["ratio"])
+    case.check(**boxes._asdict())
