@@ -8,7 +8,7 @@ import torch
 
 from tokenreduce import Reduction, VisualTokens
 from tokenreduce.capabilities import StrategyRecord
-from tokenreduce.errors import RegistrationError, UnknownName
+from tokenreduce.errors import BudgetError, RegistrationError, UnknownName
 from tokenreduce.ops import MergeWeights
 from tokenreduce.reducer import Grouping, Merger, Reducer, Scorer, Selector
 from tokenreduce.testing import CHECKS, CheckFailed, parametrize_checks, run_checks
@@ -468,6 +468,55 @@ def test_unknown_names():
         run_checks(3)
     with pytest.raises(RegistrationError, match="from a budget to an instance"):
         run_checks(PerFrame)
+    with pytest.raises(RegistrationError, match="needs weights"):
+        run_checks("token-grouping")
+
+
+class WithdrawsAll(registered_as(sites=("decoder",), count="adaptive"), Reducer):
+    """Inside the LLM, a strategy may drop all, and take no budget."""
+
+    adaptive = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget is not None:
+            raise BudgetError("keeps nothing: give no budget")
+
+    def reduce(self, tokens):
+        return Reduction.from_kept(tokens, torch.empty(tokens.batch, 0, dtype=torch.long))
+
+
+def test_dropping_all_is_sound_inside_the_llm_alone():
+    inside = dataclass(frozen=True, kw_only=True)(WithdrawsAll)
+    results = {r.check: r for r in run_checks(inside)}
+    assert [name for name, r in results.items() if not r.ok] == []
+    assert results["keep-all"].outcome == "does not apply"
+
+    class Before(registered_as(count="adaptive"), WithdrawsAll):
+        pass
+
+    before = dataclass(frozen=True, kw_only=True)(Before)
+    results = {r.check: r for r in run_checks(before)}
+    assert "kept nothing" in results["shapes"].detail
+
+
+class MayReadKeys(registered_as(uses=("keys",)), Scorer):
+    """Reads a signal where there is one."""
+
+    def score(self, tokens):
+        return tokens.signals.get("keys", tokens.features).float().norm(dim=-1)
+
+
+def test_signals_that_are_read_where_carried_are_declared():
+    declared = dataclass(frozen=True, kw_only=True)(MayReadKeys)
+    assert [r for r in run_checks(declared) if not r.ok] == []
+
+    class Secretly(registered_as(), MayReadKeys):
+        pass
+
+    secretly = dataclass(frozen=True, kw_only=True)(Secretly)
+    results = {r.check: r for r in run_checks(secretly)}
+    assert "does not declare" in results["signals"].detail
 
 
 @parametrize_checks(Fine)

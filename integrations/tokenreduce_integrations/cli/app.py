@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from tokenreduce import __version__
 from tokenreduce.errors import TokenReduceError
-from tokenreduce_integrations.cli import check, demo, info, listing, plugins, run, show
+from tokenreduce_integrations.cli import check, cite, demo, info, listing, plugins, run, show
 
 
 class _Group(TyperGroup):
@@ -56,4 +56,5 @@ app.command("show")(show.show)
 app.command("list")(listing.list_)
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("cite")(cite.cite)
 app.command("plugins")(plugins.plugins)

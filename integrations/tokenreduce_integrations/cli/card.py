@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from tokenreduce.plugins import installed
+
 _ARGUMENT = re.compile(r"^(?P<indent> +)\*{0,2}(?P<name>\w+)(?: \([^)]*\))?: (?P<text>.+)$")
 
 
@@ -54,8 +56,9 @@ def read_card(target: str) -> Card:
     if tree is None or found is None:
         return Card()
     texts = [ast.get_docstring(found) or ""]
+    targets = (record.target for record in installed().strategies.values())
     # Where several strategies share a module, its docstring is not about one of them.
-    if len([node for node in tree.body if isinstance(node, ast.ClassDef)]) == 1:
+    if sum(other.partition(":")[0] == module_name for other in targets) <= 1:
         texts.append(ast.get_docstring(tree) or "")
     options: dict[str, Option] = {}
     for node in reversed(list(_ancestry(module_name, found))):

@@ -18,6 +18,7 @@ LIGHT = [
     ["list"],
     ["list", "--json"],
     ["info", "norm-topk"],
+    ["cite", "divprune"],
     ["info", "per-segment", "--json"],
     ["plugins"],
     ["plugins", "--json"],
@@ -51,7 +52,7 @@ def test_light_commands_import_no_torch(arguments: list[str]) -> None:
 
 def test_help_names_every_command(tokenreduce) -> None:
     text = tokenreduce("--help").stdout
-    for command in ("demo", "run", "show", "list", "info", "check", "plugins"):
+    for command in ("demo", "run", "show", "list", "info", "check", "cite", "plugins"):
         assert command in text
 
 
