@@ -410,7 +410,7 @@ def register_strategies(register: Register) -> None:
         sites=("decoder",),
         kind="prune",
         cost="score",
-        needs=("received_attention",),
+        needs=("decoder_received_attention",),
         parity="official",
         paper="2501.01986",
     )

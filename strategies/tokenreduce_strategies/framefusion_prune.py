@@ -44,4 +44,4 @@ class FrameFusionPrune(Scorer):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         # Rounding errors of attention are relative: beside one large value, small ones would tie.
-        return tokens.signal("received_attention").float().log()
+        return tokens.signal("decoder_received_attention").float().log()

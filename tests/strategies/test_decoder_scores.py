@@ -14,7 +14,7 @@ from tokenreduce_strategies.pyramiddrop import PyramidDrop
 SIGNALS = [
     (FastV, "last_token_attention"),
     (PyramidDrop, "last_token_attention"),
-    (FrameFusionPrune, "received_attention"),
+    (FrameFusionPrune, "decoder_received_attention"),
 ]
 
 

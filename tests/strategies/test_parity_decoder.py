@@ -115,7 +115,7 @@ def test_framefusion_pruning(parity_case):
     upper = 1 - (layers * options["cost"] - spent) / ((layers - history) * done)
     keep = round(len(visual) * (1 - upper))
     reduction = FrameFusionPrune(keep=keep)(
-        row_of(states[None, visual], received_attention=received[None])
+        row_of(states[None, visual], decoder_received_attention=received[None])
     )
     kept = torch.ones(len(states), dtype=torch.bool)
     kept[visual] = False

@@ -467,7 +467,8 @@ def _positions(position_ids: Tensor | None, plan: SequencePlan | None, given: Gi
 
 def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
     """Why nothing was reduced, if nothing was."""
-    if any(outcome.reduction is not None for outcome in outcomes):
+    done = [stage for outcome in outcomes for stage in outcome.stages]
+    if any(stage.tokens_out < stage.tokens_in for stage in done):
         return ""
     reasons = (stage.reason for outcome in outcomes for stage in outcome.stages[-1:])
     return "; ".join(dict.fromkeys(reasons))
