@@ -175,8 +175,20 @@ class Attachment(ABC):
 class ModelAdapter(Protocol):
     """What an integration offers for a family of models."""
 
-    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
+    ) -> None:
         """Check that stages can run on a model, whose weights need not be there (meta device).
+
+        Args:
+            model: the model.
+            stages: the stages.
+            processor: the model's processor, or where it will be loaded from.
+            joint_encoder: as for :func:`attach`.
 
         Raises:
             UnsupportedModel: if the model has no visual tokens in its sequence.
@@ -186,9 +198,19 @@ class ModelAdapter(Protocol):
         ...
 
     def attach(
-        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
     ) -> Attachment:
         """Put stages on a model, having checked them.
+
+        Args:
+            model: the model.
+            stages: the stages.
+            processor: as for :func:`attach`.
+            joint_encoder: likewise.
 
         Raises:
             TokenReduceError: as for :meth:`check`.
@@ -197,14 +219,26 @@ class ModelAdapter(Protocol):
         ...
 
 
-def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = None) -> Attachment:
+def attach(
+    model: nn.Module,
+    pipeline: Reducible,
+    *,
+    processor: Any | None = None,
+    joint_encoder: Any | None = None,
+) -> Attachment:
     """Make a live model see fewer visual tokens.
 
     Args:
         model: a multimodal model of a library that an installed adapter serves, also compiled,
             parallel, or with PEFT adapters.
         pipeline: a reducer (used at the projector site), a stage, several of them, or a pipeline.
-        processor: the model's processor, handed to the adapter, which may read the prompt with it.
+        processor: the model's processor, or its tokenizer. With it, strategies that read the prompt
+            tell text from special tokens; those that compare image and prompt in a joint space
+            need it.
+        joint_encoder: the vision-text encoder that the model took its vision tower from, for
+            strategies that compare image and prompt in its space: a folder, a hub name such as
+            ``"openai/clip-vit-large-patch14-336"``, or a loaded model and its tokenizer as a pair.
+            It is loaded only if a stage needs it, without its own vision tower.
 
     Returns:
         the attachment; use it as a context manager or call its ``detach``.
@@ -220,7 +254,7 @@ def attach(model: nn.Module, pipeline: Reducible, *, processor: Any | None = Non
     stages = as_stages(pipeline)
     for stage in stages:
         stage.require_budget()
-    return find_adapter(model).attach(model, stages, processor)
+    return find_adapter(model).attach(model, stages, processor, joint_encoder)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -45,6 +45,8 @@ class ModelSettings:
             code.
         quantization: ``{"backend": name, ...}`` or None; a registered quantizer.
         vision_encoder: ``{"prune": {"backend": name, ...}}`` or None; a registered encoder pruner.
+        joint_encoder: a folder or a hub name of the vision-text encoder that the model took its
+            vision tower from, for stages that compare image and prompt in its space.
 
     Raises:
         PipelineError: if a value is out of range.
@@ -59,6 +61,7 @@ class ModelSettings:
     allow_pickle: bool = False
     quantization: Mapping[str, Any] | None = None
     vision_encoder: Mapping[str, Any] | None = None
+    joint_encoder: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -68,6 +71,12 @@ class ModelSettings:
                 raise PipelineError(
                     f"{option} must be a name, such as 'auto', got {getattr(self, option)!r}."
                 )
+        if self.joint_encoder is not None and not (
+            isinstance(self.joint_encoder, str) and self.joint_encoder
+        ):
+            raise PipelineError(
+                f"joint_encoder must be a folder or a hub name, got {self.joint_encoder!r}."
+            )
         found = getattr(torch, self.dtype, None) if self.dtype != "auto" else torch.float32
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise PipelineError(
@@ -195,7 +204,9 @@ class Pipeline:
         for stage in self.stages:
             stage.require_budget()
         model, processor = find_loader(self.model.adapter)(self.model, self.stages)
-        return model, processor, attach(model, self, processor=processor)
+        joint_encoder = self.model.joint_encoder
+        run = attach(model, self, processor=processor, joint_encoder=joint_encoder)
+        return model, processor, run
 
 
 def _backend(where: str, settings: object) -> BackendSettings:

@@ -14,8 +14,13 @@ from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
 from tokenreduce_integrations.transformers.depth import check_depth
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.joint import JointEncoder
 from tokenreduce_integrations.transformers.release import require_supported_release
 from tokenreduce_integrations.transformers.rows import DECODER_SIGNALS
+
+_JOINT = frozenset({"joint_image_embeddings", "joint_text_embeddings"})
+_ENCODER = "joint_encoder='openai/clip-vit-large-patch14-336'"
+_PROCESSOR = "processor=processor"
 
 
 class TransformersAdapter:
@@ -27,34 +32,71 @@ class TransformersAdapter:
     family: ClassVar[Family] = families.GENERIC
 
     def attach(
-        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
-        self.check(model, stages)
+        self.check(model, stages, processor, joint_encoder)
         decoder, owner = families.find_decoder(model), families.find_owner(model)
         parameter = next(decoder.parameters())
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
+        joint = None
+        if any(_JOINT.intersection(stage.reducer.needs) for stage in stages):
+            joint = JointEncoder.load(joint_encoder, next(owner.parameters()).device)
         return TransformersAttachment(
-            model, stages, family=self.family, decoder=decoder, owner=owner
+            model,
+            stages,
+            family=self.family,
+            decoder=decoder,
+            owner=owner,
+            tokenizer=getattr(processor, "tokenizer", processor),
+            joint=joint,
         )
 
-    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
+    ) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         require_supported_release()
         families.find_decoder(model)
         owner = families.find_owner(model)
         for stage in stages:
-            self._check(model, owner, stage)
+            self._check(model, owner, stage, processor, joint_encoder)
 
-    def _offers(self, owner: Any, stage: Stage) -> frozenset[str]:
+    def _offers(
+        self, owner: Any, stage: Stage, processor: Any | None, joint_encoder: Any | None
+    ) -> frozenset[str]:
         """Names of the signals that a stage may read."""
         if stage.site == "decoder":
             return DECODER_SIGNALS
-        probe = self.family.probe
-        return frozenset() if probe is None else probe.offers(owner)
+        offered = frozenset[str]() if self.family.probe is None else self.family.probe.offers(owner)
+        if stage.site != "projector":
+            return offered
+        offered |= {"prompt_embeddings"}
+        if self._joint_tower(owner) is None or joint_encoder is None:
+            return offered
+        return offered | (_JOINT if processor is not None else {"joint_image_embeddings"})
 
-    def _check(self, model: nn.Module, owner: Any, stage: Stage) -> None:
+    def _joint_tower(self, owner: Any) -> Any | None:
+        probe = self.family.probe
+        return None if probe is None else probe.joint_tower(owner)
+
+    def _check(
+        self,
+        model: nn.Module,
+        owner: Any,
+        stage: Stage,
+        processor: Any | None,
+        joint_encoder: Any | None,
+    ) -> None:
         if stage.site not in self.family.sites:
             raise UnsupportedSite(
                 f"stage {stage.reducer.name!r} at the site {stage.site!r}: "
@@ -63,9 +105,18 @@ class TransformersAdapter:
             )
         if stage.site == "decoder":
             check_depth(families.find_decoder(model), stage.layers)
-        offered = self._offers(owner, stage)
+        offered = self._offers(owner, stage, processor, joint_encoder)
         missing = [name for name in stage.reducer.needs if name not in offered]
+        tower = self._joint_tower(owner)
         if missing:
+            advice = ""
+            if stage.site == "projector" and tower is not None and _JOINT.issuperset(missing):
+                given = {_ENCODER: joint_encoder, _PROCESSOR: processor}
+                absent = [argument for argument, value in given.items() if value is None]
+                advice = (
+                    f"Pass {' and '.join(absent)} to attach, with the vision-text encoder that the "
+                    "model took its tower from (in YAML: model.joint_encoder). "
+                )
             would_work = [
                 name
                 for name, record in installed().strategies.items()
@@ -74,9 +125,11 @@ class TransformersAdapter:
             raise MissingSignal(
                 f"strategy {stage.reducer.name!r} needs {', '.join(map(repr, missing))}, which "
                 f"cannot be captured from {type(model).__name__} ({self.family.name} family; it "
-                f"gives {', '.join(sorted(offered)) or 'projected features only'}). "
+                f"gives {', '.join(sorted(offered)) or 'projected features only'}). {advice}"
                 f"What would work: {', '.join(would_work)}."
             )
+        if _JOINT.intersection(stage.reducer.needs):
+            JointEncoder.require_same_tower(tower, JointEncoder.config_of(joint_encoder))
 
 
 class LlavaAdapter(TransformersAdapter):

@@ -32,7 +32,9 @@ from tokenreduce_integrations.transformers.depth import DecoderSite, DepthRun, e
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.generation import GenerateWatch
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
+from tokenreduce_integrations.transformers.joint import JointEncoder
 from tokenreduce_integrations.transformers.ledger import Given, Ledger, Slots
+from tokenreduce_integrations.transformers.prompts import PROMPT_SIGNALS, PromptReader
 from tokenreduce_integrations.transformers.sequence import (
     ReducedItem,
     SequencePlan,
@@ -127,6 +129,8 @@ class TransformersAttachment(Uncopyable, Attachment):
         family: Family,
         decoder: Any,
         owner: Any,
+        tokenizer: Any | None = None,
+        joint: JointEncoder | None = None,
     ) -> None:
         super().__init__(model, stages)
         if attachment_of(decoder) is not None:
@@ -136,14 +140,19 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         self.family = family
         self.decoder = decoder
-        self._needs = _needs(stages, "projector")
+        needs = _needs(stages, "projector")
+        self._prompts = PromptReader(needs, tokenizer, joint)
+        self._encoder_needs = tuple(name for name in needs if name not in PROMPT_SIGNALS)
         self._under_way = _UnderWay()
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._depth: DecoderSite | None = None
         if layers := sorted({n for s in stages if s.site == "decoder" for n in s.layers}):
             needs = _needs(stages, "decoder")
             self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), layers, needs)
-        self._watch = VisualWatch(owner, family, self._needs, self._encoder_site(owner))
+        probe = None
+        if self._encoder_needs and family.probe is not None:
+            probe = family.probe(owner, self._encoder_needs, joint)
+        self._watch = VisualWatch(owner, family, probe, self._encoder_site(owner))
         self._generate_watch = GenerateWatch(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -220,14 +229,14 @@ class TransformersAttachment(Uncopyable, Attachment):
                 f"{type(self.decoder).__name__} was called without inputs_embeds: the "
                 f"{self.family.name} adapter does not serve it."
             )
-        choice = None if visual is None else self._choose(visual, embeds)
+        given = Given.of(embeds, kwargs.get("attention_mask"), cache)
+        choice = None if visual is None else self._choose(visual, embeds, given.slots.valid)
         cuts = choice is not None and self._depth is not None and self.enabled
         reduces = choice is not None and choice.reduces
         if choice is not None and not cuts and not reduces:
             self._record(choice, choice.outcomes, embeds.shape[1])
         if ledger is None and not cuts and not reduces:
             return None
-        given = Given.of(embeds, kwargs.get("attention_mask"), cache)
         shorter, plan, entered = None, None, given.slots
         if ledger is not None or reduces:
             shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
@@ -242,7 +251,7 @@ class TransformersAttachment(Uncopyable, Attachment):
             shorter["past_key_values"] = Ledger.view(cache)
         return args, shorter
 
-    def _choose(self, visual: VisualInput, embeds: Tensor) -> _Choice:
+    def _choose(self, visual: VisualInput, embeds: Tensor, valid: Tensor) -> _Choice:
         """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
         layouts, earlier = visual.layouts, visual.earlier
         stages, stopwatch = self._stages_at("projector"), Stopwatch()
@@ -261,7 +270,10 @@ class TransformersAttachment(Uncopyable, Attachment):
             packed = PackedTokens(
                 features=embeds[rows, columns],
                 layouts=layouts,
-                signals=visual.signals(self._needs),
+                signals={
+                    **visual.signals(self._encoder_needs),
+                    **self._prompts.read(visual, embeds, valid),
+                },
             )
             outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)
         return _Choice(visual, outcomes, stopwatch)

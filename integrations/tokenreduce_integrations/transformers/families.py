@@ -14,7 +14,7 @@ from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
-from tokenreduce_integrations.transformers.probes import PatchTowerProbe, Probe
+from tokenreduce_integrations.transformers.probes import ProbeFactory, TowerProbes, pools, towers
 from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Family:
             encoding call. A modality without an entry has no known geometry: its tokens are laid
             out as a line.
         probe: what reads signals while the encoder runs; without one, strategies read projected
-            features only.
+            features and the prompt only.
         shorten: what shortens the further per-token arguments that this family's decoder reads.
         llm_sites: sites at or in the LLM that can be served.
         encoder_sites: what runs stages before (``frames``) or inside (``vision``) the encoder.
@@ -47,7 +47,7 @@ class Family:
 
     name: str
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
-    probe: type[Probe] | None = None
+    probe: ProbeFactory | None = None
     shorten: ArgumentShortener | None = None
     llm_sites: tuple[Site, ...] = ("projector", "decoder")
     encoder_sites: Mapping[Site, EncoderSiteFactory] = field(default_factory=dict)
@@ -59,21 +59,41 @@ class Family:
 
 
 GENERIC = Family(name="generic")
-LLAVA = Family(name="LLaVA", layouts={"image": layouts.square_patches}, probe=PatchTowerProbe)
-LLAVA_NEXT = Family(name="LLaVA-NeXT", layouts={"image": layouts.packed_tiles})
+LLAVA = Family(
+    name="LLaVA",
+    layouts={"image": layouts.square_patches},
+    probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.patches}),
+)
+LLAVA_NEXT = Family(
+    name="LLaVA-NeXT",
+    layouts={"image": layouts.packed_tiles},
+    probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.packed_tiles}),
+)
 LLAVA_ONEVISION = Family(
     name="LLaVA-OneVision",
     layouts={"image": layouts.packed_tiles, "video": layouts.pooled_frames},
+    probe=TowerProbes(
+        tower=towers.image_tower,
+        pools={"image": pools.packed_tiles, "video": pools.pooled_frames},
+    ),
 )
 _QWEN_LAYOUTS = {
     "image": layouts.merged_patches("image"),
     "video": layouts.merged_patches("video"),
 }
-QWEN2_VL = Family(name="Qwen2-VL", layouts=_QWEN_LAYOUTS)
-QWEN2_5_VL = Family(name="Qwen2.5-VL", layouts=_QWEN_LAYOUTS)
-QWEN3_VL = Family(name="Qwen3-VL", layouts=_QWEN_LAYOUTS, shorten=shorten_deepstack)
+_QWEN_PROBES = TowerProbes(
+    tower=towers.native_tower,
+    pools={"image": pools.merged_patches("image"), "video": pools.merged_patches("video")},
+)
+QWEN2_VL = Family(name="Qwen2-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES)
+QWEN2_5_VL = Family(name="Qwen2.5-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES)
+QWEN3_VL = Family(
+    name="Qwen3-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES, shorten=shorten_deepstack
+)
 INTERNVL = Family(
-    name="InternVL", layouts={"image": layouts.square_tiles, "video": layouts.square_tiles}
+    name="InternVL",
+    layouts={"image": layouts.square_tiles, "video": layouts.square_tiles},
+    probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.shuffled_patches}),
 )
 
 

@@ -72,7 +72,7 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
-        find_adapter(skeleton).check(skeleton, tuple(stages))
+        find_adapter(skeleton).check(skeleton, tuple(stages), path, settings.joint_encoder)
         processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
         model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
         if "device_map" not in arguments:

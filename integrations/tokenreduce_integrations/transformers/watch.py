@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -101,10 +102,12 @@ class VisualInput:
     Attributes:
         masks: ``(B, S)`` for each modality, the columns that hold its features.
         encoded: the items of each modality, in reading order.
+        input_ids: ``(B, S)``; None where the model was called with embeddings.
     """
 
     masks: Mapping[str, Tensor]
     encoded: Mapping[str, Sequence[EncodedItem]]
+    input_ids: Tensor | None = None
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
@@ -143,7 +146,7 @@ class VisualInput:
         return done or None
 
     def signals(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Signals of all items end to end.
+        """Signals that were read at the encoder, of all items end to end.
 
         Raises:
             MissingSignal: if an item was not encoded while the pipeline was attached.
@@ -164,7 +167,9 @@ class _Call(threading.local):
 
     def __init__(self) -> None:
         self.encoded: dict[str, list[EncodedItem]] = {}
+        self.dense: dict[str, tuple[Tensor, list[EncodedItem]]] = {}
         self.masks: dict[str, Tensor] = {}
+        self.input_ids: Tensor | None = None
         self.expected = False
         self.inside_wrapper = False
 
@@ -175,7 +180,7 @@ class VisualWatch(Uncopyable):
     Args:
         owner: the module that encodes visual items and merges their features into the sequence.
         family: what is particular about the model.
-        signals: names of the signals to capture.
+        probe: what catches signals of the encoder, if any are needed.
         site: stages before or inside the encoder, if there are any.
     """
 
@@ -183,19 +188,16 @@ class VisualWatch(Uncopyable):
         self,
         owner: Any,
         family: Family,
-        signals: Sequence[str],
+        probe: Probe | None = None,
         site: EncoderSite | None = None,
     ) -> None:
         self.owner = owner
         self.family = family
         self._site = site
         self._encoded_as = WeakTensorKeyDictionary()
-        self._dense: dict[str, tuple[Tensor, Layout]] = {}
         self._call = _Call()
         self._wrapped: dict[str, tuple[object, object]] = {}
-        self._probe: Probe | None = None
-        if signals and family.probe is not None:
-            self._probe = family.probe(owner, signals)
+        self._probe = probe
         self._wrap("get_placeholder_mask", self._see_placeholders)
         for modality in MODALITIES:
             if hasattr(owner, f"get_{modality}_features"):
@@ -214,6 +216,7 @@ class VisualWatch(Uncopyable):
         """
         call = self._call
         masks, call.masks = call.masks, {}
+        input_ids, call.input_ids = call.input_ids, None
         if not masks:
             return None
         call.expected = False
@@ -224,7 +227,8 @@ class VisualWatch(Uncopyable):
                     f"get_{modality}_features nor mm_encoder_outputs gave: pass them through one "
                     "of the two."
                 )
-        return VisualInput(masks, {modality: call.encoded[modality] for modality in masks})
+        encoded = {modality: call.encoded[modality] for modality in masks}
+        return VisualInput(masks, encoded, input_ids)
 
     def detach(self) -> None:
         """Remove hooks and wrappers; detaching twice does nothing.
@@ -233,12 +237,15 @@ class VisualWatch(Uncopyable):
             AttachmentError: if another library wrapped the same methods since and its wrapper is
                 still in place; everything else is removed all the same.
         """
-        for handle in self._handles:
-            handle.remove()
-        if self._probe is not None:
-            self._probe.detach()
-        if self._site is not None:
-            self._site.detach()
+        with ExitStack() as rest:
+            for part in (self._site, self._probe):
+                if part is not None:
+                    rest.callback(part.detach)
+            for handle in self._handles:
+                handle.remove()
+            self._unwrap()
+
+    def _unwrap(self) -> None:
         wrapped, self._wrapped = self._wrapped, {}
         restore_methods(self.owner, wrapped)
 
@@ -265,6 +272,8 @@ class VisualWatch(Uncopyable):
                 # Some models encode video by way of their own image method.
                 return original(*args, **kwargs)
             self._call.inside_wrapper = True
+            if modality and self._probe is not None:
+                self._probe.begin()
             try:
                 result = run(*args, **kwargs)
             finally:
@@ -292,7 +301,7 @@ class VisualWatch(Uncopyable):
         )
         signals: list[dict[str, Tensor]] = [{} for _ in features]
         if self._probe is not None:
-            signals = self._probe.read(modality, features)
+            signals = self._probe.read(modality, features, arguments)
         earlier: Sequence[ItemOutcome | None] | None = None
         if self._site is not None:
             earlier = self._site.outcomes(layouts)
@@ -300,12 +309,15 @@ class VisualWatch(Uncopyable):
         items = [EncodedItem(*item) for item in zip(layouts, signals, earlier, strict=True)]
         for feature, item in zip(features, items, strict=True):
             self._encoded_as[feature] = item
-        if isinstance(pooled, Tensor) and len(set(layouts)) == 1:
-            self._dense[modality] = (pooled[0, 0].detach().clone(), layouts[0])
+        if isinstance(pooled, Tensor):
+            self._call.dense[modality] = (pooled.detach(), items)
+            self._encoded_as[pooled] = items
         self._call.encoded[modality] = items
 
     def _see_placeholders(self, output: Any, arguments: Mapping[str, Any]) -> None:
-        """Remember which columns hold visual features, for the modalities that have features."""
+        """Remember which columns hold visual features, for the modalities that have features, and
+        what the others say."""
+        self._call.input_ids = arguments.get("input_ids")
         masks = output if isinstance(output, tuple) else (output,)
         for index, modality in enumerate(MODALITIES):
             if arguments.get(f"{modality}_features") is not None:
@@ -313,28 +325,22 @@ class VisualWatch(Uncopyable):
                 self._call.masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
 
     def _encoded_earlier(self, modality: str, pooled: Any) -> list[EncodedItem]:
-        """What is known of features that were encoded before, perhaps repeated since for beams."""
-        dense = self._dense_layout(modality, pooled)
-        items: list[EncodedItem] = []
-        for feature in pooled:
-            item = self._encoded_as.get(feature)
-            if item is None:
-                layout = Layout.line(feature.shape[0]) if dense is None else dense
-                item = EncodedItem(layout, {})
-            items.append(item)
-        return items
+        """What is known of features that were encoded before, perhaps repeated since for beams.
 
-    def _dense_layout(self, modality: str, pooled: Any) -> Layout | None:
-        """The layout of a dense tensor of features that was seen being encoded.
-
-        Repeating a list leaves its tensors what they are; a dense tensor becomes another one, so
-        it is recognised by its first token.
+        Repeating a list leaves its tensors what they are; a dense tensor becomes another one,
+        whose items are recognised by their content.
         """
-        if not isinstance(pooled, Tensor) or modality not in self._dense:
-            return None
-        first, layout = self._dense[modality]
-        known = pooled.shape[1] == len(layout) and torch.equal(pooled[0, 0], first)
-        return layout if known else None
+        known: list[EncodedItem | None]
+        if not isinstance(pooled, Tensor):
+            known = [self._encoded_as.get(feature) for feature in pooled]
+        elif pooled in self._encoded_as:
+            known = self._encoded_as[pooled]
+        else:
+            known = _recognised(pooled, *self._call.dense.get(modality, (pooled[:0], [])))
+        return [
+            EncodedItem(Layout.line(feature.shape[0]), {}) if item is None else item
+            for feature, item in zip(pooled, known, strict=True)
+        ]
 
     @outside_compilation
     def _before_owner(
@@ -367,6 +373,21 @@ class VisualWatch(Uncopyable):
                 "torch.compiler.reset()), or it merges its features in another way, and needs an "
                 "adapter."
             )
+
+
+def _recognised(
+    pooled: Tensor, seen: Tensor, items: Sequence[EncodedItem]
+) -> list[EncodedItem | None]:
+    """For each item of ``(I, N, D)``, the equal one among those seen; None if there is none."""
+    if pooled.shape[1:] != seen.shape[1:]:
+        return [None] * len(pooled)
+    alike = (pooled[:, None, 0] == seen[:, 0]).all(-1).tolist()
+    return [
+        next(
+            (items[i] for i, same in enumerate(row) if same and torch.equal(feature, seen[i])), None
+        )
+        for feature, row in zip(pooled, alike, strict=True)
+    ]
 
 
 def _place(modality: str, mask: Tensor, encoded: Sequence[EncodedItem]) -> list[PlacedItem]:
