@@ -11,7 +11,7 @@ model: {path: "testbed:b"}
 reduce:
   - {strategy: per-frame, inner: {strategy: visionzip}, keep: 64}
   - {strategy: framefusion, keep: 32}
-  - {strategy: framefusion-prune, site: decoder, keep: 16}
+  - {strategy: framefusion-prune, site: decoder, layer: 2, keep: 16}
   - {strategy: norm-topk, keep: 8}
 """
 

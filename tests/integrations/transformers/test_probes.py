@@ -68,7 +68,6 @@ OFFERED = {
     "qwen3-vl": PER_PATCH,
 }
 #: Clips, not mosaics of tiles.
-GRIDS_ONLY = ("fastvid", "flashvid", "holitom")
 FAMILIES = ("llava", "llava-next", "onevision", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 BUILD = {**CASES, "llava-dinov2": llava_dinov2}
 
@@ -337,7 +336,7 @@ def test_strategies_run_on_every_family_that_offers_their_signals(name: str) -> 
                 tr.attach(case.model, reducer)
             continue
         with tr.attach(case.model, reducer) as run:
-            if name == "llava-next" and strategy in GRIDS_ONLY:
+            if name == "llava-next" and reducer.record.needs_grid:
                 with pytest.raises(TokensError, match=f"{strategy} needs tokens that form a full"):
                     case.model(**case.batch())
                 continue
