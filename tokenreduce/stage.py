@@ -14,7 +14,7 @@ from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.receipt import StageReceipt
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
-from tokenreduce.tokens import Layout
+from tokenreduce.tokens import Layout, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +198,18 @@ def keep_all_outcomes(
     layouts: Sequence[Layout],
     prompts: Sequence[int],
     original: Sequence[int] | None = None,
+    *,
+    earlier: Sequence[ItemOutcome] | None = None,
 ) -> list[ItemOutcome] | None:
-    """The outcomes if budgets alone leave every item as it is, else None.
+    """The outcomes if budgets alone, and earlier stages, leave every item as it is, else None.
 
     Reads no tensor of the model: the keep-all path costs the device nothing.
     """
     receipts: list[list[StageReceipt]] = [[] for _ in layouts]
+    for i, outcome in enumerate(earlier or ()):
+        if outcome.reduction is not None:
+            return None
+        receipts[i].extend(outcome.stages)
     for stage in stages:
         for i, reducer in enumerate(stage.reducers(layouts, prompts, original)):
             reason = reducer.reason_to_keep_all(len(layouts[i]) - layouts[i].protected_count)
@@ -250,8 +256,9 @@ def run_stages(
     receipts: list[list[StageReceipt]] = [[] for _ in packed.layouts]
     if earlier is not None and any(outcome.reduction is not None for outcome in earlier):
         composed = [
-            outcome.reduction
-            or Reduction.identity(packed.bucket([i]), reason=outcome.stages[-1].reason)
+            Reduction.identity(packed.bucket([i]), reason=outcome.stages[-1].reason)
+            if outcome.reduction is None
+            else _read_off(outcome.reduction, packed.bucket([i]))
             for i, outcome in enumerate(earlier)
         ]
         packed = _outputs(packed, composed)
@@ -284,6 +291,17 @@ def run_stages(
 def _outputs(packed: PackedTokens, reductions: Sequence[Reduction]) -> PackedTokens:
     items = [reduction.tokens(packed.bucket([i]))[0] for i, reduction in enumerate(reductions)]
     return PackedTokens.from_items(items)
+
+
+def _read_off(reduction: Reduction, tokens: VisualTokens) -> Reduction:
+    """A reduction made before the encoder's output was projected, with the projected features."""
+    device = tokens.features.device
+    reduction = replace(
+        reduction,
+        positions=reduction.positions.to(device),
+        assignment=reduction.assignment.to(device),
+    )
+    return replace(reduction, features=reduction.apply(tokens.features))
 
 
 def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:

@@ -21,6 +21,8 @@ from tokenreduce_integrations.transformers.rows import DECODER_SIGNALS
 _JOINT = frozenset({"joint_image_embeddings", "joint_text_embeddings"})
 _ENCODER = "joint_encoder='openai/clip-vit-large-patch14-336'"
 _PROCESSOR = "processor=processor"
+#: What is read above the encoder, of tokens that the LLM sees.
+_ABOVE = frozenset({"vision_features", "prompt_embeddings"}) | _JOINT
 
 
 class TransformersAdapter:
@@ -68,8 +70,23 @@ class TransformersAdapter:
         require_supported_release()
         families.find_decoder(model)
         owner = families.find_owner(model)
+        inside = tuple(stage for stage in stages if stage.site == "vision")
         for stage in stages:
             self._check(model, owner, stage, processor, joint_encoder)
+            if inside and stage.site == "projector":
+                self._check_above(stage, self._offers(owner, stage, processor, joint_encoder))
+        if inside:
+            self.family.encoder_sites["vision"](owner, lambda: inside).detach()
+
+    def _check_above(self, stage: Stage, offered: frozenset[str]) -> None:
+        """Check that a stage reads nothing of the sequence that one inside the encoder shortens."""
+        hidden = [n for n in stage.reducer.needs if n in offered and n not in _ABOVE]
+        if hidden:
+            raise MissingSignal(
+                f"strategy {stage.reducer.name!r} needs {', '.join(map(repr, hidden))} of the "
+                "encoder, whose sequence a stage at the site 'vision' shortens: it would not fit "
+                "the tokens that the LLM sees. Use one of the two."
+            )
 
     def _offers(
         self, owner: Any, stage: Stage, processor: Any | None, joint_encoder: Any | None
@@ -103,6 +120,8 @@ class TransformersAdapter:
                 f"{type(model).__name__} ({self.family.name} family) is served at: "
                 f"{', '.join(self.family.sites)}."
             )
+        if stage.site == "vision":
+            return  # the site itself knows what blocks of the encoder give
         if stage.site == "decoder":
             check_depth(families.find_decoder(model), stage.layers)
         offered = self._offers(owner, stage, processor, joint_encoder)

@@ -258,12 +258,14 @@ class TransformersAttachment(Uncopyable, Attachment):
         if not self.enabled:
             outcomes = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
             return _Choice(visual, outcomes, stopwatch)
-        if earlier is None:
-            per_prompt = any(stage.total is not None for stage in stages)
-            prompts = visual.prompts if per_prompt else [0] * len(layouts)
-            unchanged = keep_all_outcomes(stages, layouts, prompts)
-            if unchanged is not None:
-                return _Choice(visual, unchanged, stopwatch)
+        before = [stage for stage in self.stages if stage.site in self.family.encoder_sites]
+        if earlier is None and before:
+            earlier = unchanged_outcomes(before, layouts, "encoded while the stages were idle")
+        per_prompt = any(stage.total is not None for stage in stages)
+        prompts = visual.prompts if per_prompt else [0] * len(layouts)
+        unchanged = keep_all_outcomes(stages, layouts, prompts, earlier=earlier)
+        if unchanged is not None:
+            return _Choice(visual, unchanged, stopwatch)
         with stopwatch.running(embeds.device):
             rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
             columns = torch.cat([item.columns for item in visual.items])

@@ -12,7 +12,7 @@ from tokenreduce.capabilities import Site
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
-from tokenreduce_integrations.transformers import layouts
+from tokenreduce_integrations.transformers import layouts, vision
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
 from tokenreduce_integrations.transformers.probes import ProbeFactory, TowerProbes, pools, towers
 from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
@@ -63,11 +63,13 @@ LLAVA = Family(
     name="LLaVA",
     layouts={"image": layouts.square_patches},
     probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.patches}),
+    encoder_sites={"vision": vision.PatchTowerSite},
 )
 LLAVA_NEXT = Family(
     name="LLaVA-NeXT",
     layouts={"image": layouts.packed_tiles},
     probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.packed_tiles}),
+    encoder_sites={"vision": vision.TiledTowerSite},
 )
 LLAVA_ONEVISION = Family(
     name="LLaVA-OneVision",
@@ -76,6 +78,7 @@ LLAVA_ONEVISION = Family(
         tower=towers.image_tower,
         pools={"image": pools.packed_tiles, "video": pools.pooled_frames},
     ),
+    encoder_sites={"vision": vision.TiledTowerSite},
 )
 _QWEN_LAYOUTS = {
     "image": layouts.merged_patches("image"),
@@ -85,15 +88,25 @@ _QWEN_PROBES = TowerProbes(
     tower=towers.native_tower,
     pools={"image": pools.merged_patches("image"), "video": pools.merged_patches("video")},
 )
-QWEN2_VL = Family(name="Qwen2-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES)
-QWEN2_5_VL = Family(name="Qwen2.5-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES)
+_QWEN_SITES: Mapping[Site, EncoderSiteFactory] = {"vision": vision.PackedTowerSite}
+QWEN2_VL = Family(
+    name="Qwen2-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES, encoder_sites=_QWEN_SITES
+)
+QWEN2_5_VL = Family(
+    name="Qwen2.5-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES, encoder_sites=_QWEN_SITES
+)
 QWEN3_VL = Family(
-    name="Qwen3-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES, shorten=shorten_deepstack
+    name="Qwen3-VL",
+    layouts=_QWEN_LAYOUTS,
+    probe=_QWEN_PROBES,
+    shorten=shorten_deepstack,
+    encoder_sites=_QWEN_SITES,
 )
 INTERNVL = Family(
     name="InternVL",
     layouts={"image": layouts.square_tiles, "video": layouts.square_tiles},
     probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.shuffled_patches}),
+    encoder_sites={"vision": vision.ShuffledTowerSite},
 )
 
 

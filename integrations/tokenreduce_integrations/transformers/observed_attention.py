@@ -21,8 +21,9 @@ from tokenreduce.errors import AttachmentError, UnsupportedModel
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 
 #: Called with (module, queries ``(B, H, Q, D)``, keys ``(B, H_kv, S, D)``, attention mask, the
-#: kernel's further arguments, among them ``scaling``), before the kernel runs.
-Callback = Callable[[nn.Module, Tensor, Tensor, Any, dict[str, Any]], None]
+#: kernel's further arguments, among them ``scaling``), before the kernel runs. What it returns, if
+#: anything, is the mask that the kernel gets.
+Callback = Callable[[nn.Module, Tensor, Tensor, Any, dict[str, Any]], Tensor | None]
 
 _PREFIX = "tokenreduce_observed_"
 _LOOKUP = ("ALL_ATTENTION_FUNCTIONS", "eager_attention_forward")
@@ -126,7 +127,8 @@ def _attend(
     """The attention function of observed modules: callbacks, then the module's own kernel."""
     config: _ObservedConfig = module.config
     for callback in tuple(config.callbacks):
-        callback(module, query, key, attention_mask, kwargs)
+        mask = callback(module, query, key, attention_mask, kwargs)
+        attention_mask = attention_mask if mask is None else mask
     interface, eager = (inspect.unwrap(type(module).forward).__globals__[name] for name in _LOOKUP)
     kernel = interface.get_interface(config.original._attn_implementation, eager)
     # Kernels read the configuration too; a twin, so that other threads still find it observed.

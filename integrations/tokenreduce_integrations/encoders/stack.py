@@ -1,0 +1,222 @@
+"""The blocks of an encoder, wrapped on their instances."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenreduce.errors import AttachmentError, MissingSignal, UnsupportedModel
+from tokenreduce.stage import Stage
+from tokenreduce_integrations.encoders.dense import DenseWalk
+from tokenreduce_integrations.encoders.kinds import BlockCall, BlockKind, find_blocks, takes_bias
+from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
+
+_ABSENT = object()
+
+
+class Wrapper(Uncopyable):
+    """Stands in for a method of an instance.
+
+    Args:
+        owner: the instance.
+        name: the method.
+        around: called with the original method, its positional and its named arguments.
+    """
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self.owner, self.name, self.around = owner, name, around
+        self.original = getattr(owner, name)
+        self.before = vars(owner).get(name, _ABSENT)
+        functools.update_wrapper(self, self.original)
+        setattr(owner, name, self)
+
+    @outside_compilation
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.original, args, kwargs)
+
+    def restore(self) -> bool:
+        """Put the original back; whether nothing else had replaced it since."""
+        if vars(self.owner).get(self.name) is not self:
+            return False
+        if self.before is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
+        return True
+
+
+def restore_all(wrappers: Sequence[Wrapper]) -> None:
+    """Put originals back, the latest first.
+
+    Raises:
+        AttachmentError: if something else replaced a method since; the others are put back.
+    """
+    buried = [w for w in reversed(wrappers) if not w.restore()]
+    if buried:
+        what = ", ".join(sorted({f"{type(w.owner).__name__}.{w.name}" for w in buried}))
+        raise AttachmentError(
+            f"cannot restore {what}: something else replaced it after the pipeline was attached. "
+            "Undo that first; detach in the reverse order of attaching."
+        )
+
+
+class Walk(Protocol):
+    """The state of one encoding."""
+
+    def run(self, block: BlockCall, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        """Run a block on hidden states, with its further arguments by name."""
+        ...
+
+    def catch(self, name: str, output: Tensor) -> None:
+        """Keep queries or keys of the block under way."""
+        ...
+
+
+AnyWalk = TypeVar("AnyWalk", bound=Walk)
+
+
+class _UnderWay(threading.local):
+    """The encoding under way; threads may share a model."""
+
+    walk: Any = None
+
+
+class BlockStack(Uncopyable, Generic[AnyWalk]):
+    """The blocks of an encoder while stages are attached.
+
+    Outside :meth:`walking` they run as they always do.
+
+    Args:
+        encoder: the module that holds them.
+        stages: those at the vision site.
+
+    Raises:
+        UnsupportedModel: if a stage would have no effect in blocks of this kind.
+        MissingSignal: if a strategy needs what blocks of this kind do not give.
+    """
+
+    def __init__(self, encoder: nn.Module, stages: Sequence[Stage], prefix: int) -> None:
+        self.blocks, self.kind = find_blocks(encoder)
+        self._under_way = _UnderWay()
+        self.signals = frozenset(name for stage in stages for name in stage.reducer.needs)
+        attentions = [getattr(block, self.kind.attention) for block in self.blocks]
+        _check_signals(encoder, self.kind, self.signals, attentions[0], prefix)
+        merges = any(stage.reducer.record.kind == "merge" for stage in stages)
+        if merges and not takes_bias(attentions[0]):
+            raise UnsupportedModel(
+                f"{type(encoder).__name__} runs an attention kernel that takes no additive mask "
+                f"({attentions[0].config._attn_implementation}), which merged tokens need. Load "
+                "the model with attn_implementation='sdpa', or use a strategy that only drops."
+            )
+        self._handles: list[RemovableHandle] = []
+        self._wrappers: list[Wrapper] = []
+        for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
+            signature = inspect.signature(type(block).forward)
+            around = functools.partial(self._run, index, attention, signature)
+            self._wrappers.append(Wrapper(block, "forward", around))
+            for name in ("keys", "queries"):
+                if name == "keys" or "class_attention" in self.signals:
+                    module: nn.Module = getattr(attention, getattr(self.kind, name))
+                    catch = functools.partial(self._catch, name)
+                    self._handles.append(module.register_forward_hook(catch))
+            if self.kind.mask is None:
+                self._handles.append(
+                    attention.register_forward_pre_hook(self._give_mask, with_kwargs=True)
+                )
+
+    @contextmanager
+    def walking(self, walk: AnyWalk) -> Iterator[AnyWalk]:
+        """Stages act while the context is open, in this thread."""
+        before, self._under_way.walk = self._under_way.walk, walk
+        try:
+            yield walk
+        finally:
+            self._under_way.walk = before
+
+    @property
+    def walk(self) -> AnyWalk | None:
+        """The encoding under way in this thread."""
+        walk: AnyWalk | None = self._under_way.walk
+        return walk
+
+    def detach(self) -> None:
+        """Leave the blocks as they were.
+
+        Raises:
+            AttachmentError: see :func:`restore_all`.
+        """
+        for handle in self._handles:
+            handle.remove()
+        wrappers, self._wrappers = self._wrappers, []
+        restore_all(wrappers)
+
+    def _run(
+        self,
+        index: int,
+        attention: nn.Module,
+        signature: inspect.Signature,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        walk, block = self.walk, self.blocks[index]
+        if walk is None:
+            return call(*args, **kwargs)
+        self._check_checkpointing(block)
+        arguments = signature.bind(block, *args, **kwargs).arguments
+        further = arguments.pop("kwargs", {})
+        _, hidden, *_ = arguments.values()
+        named = {**dict(list(arguments.items())[2:]), **further}
+        return walk.run(BlockCall(index, block, attention, self.kind.mask, call), hidden, named)
+
+    def _check_checkpointing(self, block: Any) -> None:
+        """Refuse what would run hooks a second time, outside of the encoding."""
+        inside = self.kind.mask is None and getattr(block, "gradient_checkpointing", False)
+        if block.training and inside:
+            raise UnsupportedModel(
+                f"{type(block).__name__} takes no attention mask, so that gradient checkpointing "
+                "would recompute it without the sizes of merged tokens. Disable checkpointing of "
+                "the vision encoder while the pipeline is attached."
+            )
+
+    @outside_compilation
+    def _catch(self, name: str, _: nn.Module, args: Any, output: Tensor) -> None:
+        if self.walk is not None:
+            self.walk.catch(name, output)
+
+    @outside_compilation
+    def _give_mask(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        walk = self.walk
+        if not isinstance(walk, DenseWalk):
+            return None
+        mask = walk.attention_mask(args[0], attention)
+        return None if mask is None else (args, {**kwargs, "attention_mask": mask})
+
+
+def _check_signals(
+    encoder: nn.Module,
+    kind: BlockKind,
+    wanted: Collection[str],
+    attention: nn.Module,
+    prefix: int,
+) -> None:
+    offered = {"keys"}
+    rotary = kind.packed or "rope" in inspect.signature(type(attention).forward).parameters
+    if prefix and not rotary:
+        offered.add("class_attention")
+    missing = sorted(set(wanted) - offered)
+    if missing:
+        raise MissingSignal(
+            f"a strategy inside the blocks of {type(encoder).__name__} needs "
+            f"{', '.join(map(repr, missing))}; there it can read {', '.join(sorted(offered))} and "
+            "the hidden states. Use another strategy, or the projector site."
+        )
