@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenreduce.ops import content_seed, counter_uniform
-from tokenreduce.reducer import Grouping, Merger, Reducer, Selector
+from tokenreduce.ops import bipartite_soft_matching, content_seed, counter_uniform
+from tokenreduce.reducer import Grouping, Merger, Reducer, Scorer, Selector
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
 
@@ -57,3 +57,20 @@ class Chooses(Selector):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         return torch.tensor([self.indices] * tokens.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchesKeys(Merger):
+    """Merges even tokens into the odd ones with the most similar keys, where it is given keys."""
+
+    def assign(self, tokens: VisualTokens, k: int) -> Tensor | Grouping:
+        keys = tokens.signals.get("keys", tokens.features)
+        return Grouping(*reversed(bipartite_soft_matching(keys, tokens.count - k)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestNorm(Scorer):
+    """Keeps the tokens of largest norm."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1)
