@@ -119,7 +119,7 @@ class Receipt:
         items: one entry for each visual item, in the order of the prompts.
         sequence_in: length of the padded sequence that the model was given.
         sequence_out: length of the padded sequence that the first LLM layer computed.
-        layers: number of LLM layers.
+        layers: number of LLM layers; 0 for an encoder alone.
         kv_bytes_per_token: bytes of keys and values of one token over all layers; 0 if unknown.
         stopwatch: time spent choosing and merging tokens.
         reason: why nothing was reduced at all, or an empty string.
@@ -219,12 +219,13 @@ class Receipt:
                 steps.append(f"{stage.tokens_out} ({stage.strategy} at {place}{guarded}{why})")
             lines.append(" -> ".join(steps))
         factor = self.tokens_in / self.tokens_out if self.tokens_out else float("inf")
-        lines.append(
-            f"{self.tokens_in} -> {self.tokens_out} visual tokens ({factor:.1f}x fewer), "
-            f"LLM sequence {self.sequence_in} -> {self.sequence_out}, "
-            f"selection {self.selection_ms:.1f} ms, "
-            f"KV cache {self.kv_bytes_saved / 2**20:.1f} MiB smaller"
-        )
+        last = [f"{self.tokens_in} -> {self.tokens_out} visual tokens ({factor:.1f}x fewer)"]
+        if self.layers:
+            last.append(f"LLM sequence {self.sequence_in} -> {self.sequence_out}")
+        last.append(f"selection {self.selection_ms:.1f} ms")
+        if self.layers:
+            last.append(f"KV cache {self.kv_bytes_saved / 2**20:.1f} MiB smaller")
+        lines.append(", ".join(last))
         return "\n".join(lines)
 
 

@@ -111,6 +111,13 @@ def plan_cuts(
     return cuts
 
 
+def why_kept(stage: Stage, depth: int, tokens: int) -> str:
+    """Why a stage cut nothing of an item of ``tokens`` tokens."""
+    if stage.schedule is not None:
+        stage = stage.at(cut_blocks(stage, depth)[-1])
+    return stage.reducer.reason_to_keep_all(tokens)
+
+
 def _shares(budget: Budget, lengths: Sequence[int], owners: Sequence[int]) -> list[int]:
     """Tokens to keep of each sequence, so that the items' budgets hold exactly."""
     keeps = [0] * len(lengths)

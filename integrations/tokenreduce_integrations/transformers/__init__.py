@@ -65,3 +65,18 @@ def register_model_adapters(register: Register) -> None:
             loader=f"{here}.loading:load_model",
             summary=summary,
         )
+    alone = (
+        "clip.modeling_clip.CLIPVisionModel",
+        "clip.modeling_clip.CLIPVisionModelWithProjection",
+        "siglip.modeling_siglip.SiglipVisionModel",
+        "dinov2.modeling_dinov2.Dinov2Model",
+        "dinov2.modeling_dinov2.Dinov2ForImageClassification",
+        "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+        "internvl.modeling_internvl.InternVLVisionModel",
+    )
+    register(
+        "vision-towers",
+        f"{here}.towers:TowerAdapter",
+        models=tuple(f"{models}.{name}" for name in alone),
+        summary="CLIP, SigLIP, DINOv2 and InternViT encoders alone",
+    )

@@ -25,7 +25,7 @@ from tokenreduce_integrations.encoders.carry import ADDED, carried, item_outcome
 from tokenreduce_integrations.encoders.dense import DenseWalk, Sequences, Trail
 from tokenreduce_integrations.encoders.kinds import takes_bias
 from tokenreduce_integrations.encoders.packed import BIAS, PackedWalk
-from tokenreduce_integrations.encoders.plan import check_stages, cut_blocks
+from tokenreduce_integrations.encoders.plan import check_stages, why_kept
 from tokenreduce_integrations.encoders.stack import BlockStack, Wrapper, restore_all
 from tokenreduce_integrations.transformers.hooks import Uncopyable
 from tokenreduce_integrations.transformers.layouts import grid_layout
@@ -53,13 +53,6 @@ def patch_grid(tower: Any, pixels: Tensor, patches: int) -> Layout:
     sides = size if isinstance(size, list | tuple) else (size, size)
     grid = [extent // side for extent, side in zip(pixels.shape[-2:], sides, strict=True)]
     return grid_layout(grid, patches)
-
-
-def why_kept(stage: Stage, depth: int, tokens: int) -> str:
-    """Why a stage cut nothing of an item of ``tokens`` tokens."""
-    if stage.schedule is not None:
-        stage = stage.at(cut_blocks(stage, depth)[-1])
-    return stage.reducer.reason_to_keep_all(tokens)
 
 
 class _TowerSite(Uncopyable, ABC):
