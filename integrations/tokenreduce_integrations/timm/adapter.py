@@ -20,7 +20,11 @@ class TimmAdapter:
     """VisionTransformer, Eva and NaFlexVit, and transformers' wrappers of them."""
 
     def attach(
-        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         encoder = getattr(model, "timm_model", model)
@@ -34,7 +38,13 @@ class TimmAdapter:
             stage.reducer.prepare(parameter.device, parameter.dtype)
         return TimmAttachment(model, encoder, stages)
 
-    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
+    ) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         TimmAttachment(model, getattr(model, "timm_model", model), stages).detach()
 

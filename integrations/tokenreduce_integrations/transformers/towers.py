@@ -17,7 +17,11 @@ class TowerAdapter:
     """CLIP, SigLIP, DINOv2 and InternViT encoders, and image classifiers on them."""
 
     def attach(
-        self, model: nn.Module, stages: tuple[Stage, ...], processor: Any | None
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         parameter = next(model.parameters())
@@ -25,7 +29,13 @@ class TowerAdapter:
             stage.reducer.prepare(parameter.device, parameter.dtype)
         return TowerAttachment(model, model.base_model, stages)
 
-    def check(self, model: nn.Module, stages: tuple[Stage, ...]) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
+    ) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         TowerAttachment(model, model.base_model, stages).detach()
 
