@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Reduction:
             its position (pruning).
         synthetic: ``(B, M)`` outputs that stand for no single token; None if there are none.
         reason: why nothing was reduced, or an empty string.
+        verified: the positions that :meth:`from_kept` found to be in order, so that :meth:`check`
+            does not wait for the device a second time.
     """
 
     features: Tensor
@@ -37,6 +39,7 @@ class Reduction:
     weights: MergeWeights | None = None
     synthetic: Tensor | None = None
     reason: str = ""
+    verified: Tensor | None = field(default=None, compare=False)
 
     @classmethod
     def identity(cls, tokens: VisualTokens, *, reason: str) -> Reduction:
@@ -65,6 +68,7 @@ class Reduction:
             features=gather_tokens(tokens.features, positions),
             positions=positions,
             assignment=assignment,
+            verified=positions,
         )
 
     @classmethod
@@ -151,6 +155,21 @@ class Reduction:
         if self.weights is None or not tensor.is_floating_point():
             return gather_tokens(tensor, self.positions)
         return merge_tokens(tensor, self.weights, self.kept)
+
+    def on(self, features: Tensor) -> Reduction:
+        """The same reduction of other features of the same tokens.
+
+        Args:
+            features: ``(B, N, D)``, on any device.
+        """
+        device = features.device
+        moved = replace(
+            self,
+            positions=self.positions.to(device),
+            assignment=self.assignment.to(device),
+            weights=self.weights and MergeWeights(*(part.to(device) for part in self.weights)),
+        )
+        return replace(moved, features=moved.apply(features))
 
     def group_sizes(self, sizes: Tensor | None = None) -> Tensor:
         """``(B, M)`` float32: how many source tokens each output stands for.
@@ -267,7 +286,10 @@ class Reduction:
                     f"strategy {strategy!r} returned {name} of shape {tuple(tensor.shape)}, "
                     f"expected {shape} for {b} items of {n} tokens."
                 )
-        if self.positions.is_floating_point() or not _ascending(self.positions, n):
+        in_order = self.verified is self.positions or (
+            not self.positions.is_floating_point() and _ascending(self.positions, n)
+        )
+        if not in_order:
             raise PositionsError(
                 f"strategy {strategy!r} returned positions that are not distinct, ascending "
                 f"indices of its {n} tokens: a token was kept twice, a group is empty, or an index "

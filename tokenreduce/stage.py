@@ -14,7 +14,7 @@ from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.receipt import StageReceipt
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
-from tokenreduce.tokens import Layout, VisualTokens
+from tokenreduce.tokens import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +256,9 @@ def run_stages(
     receipts: list[list[StageReceipt]] = [[] for _ in packed.layouts]
     if earlier is not None and any(outcome.reduction is not None for outcome in earlier):
         composed = [
-            Reduction.identity(packed.bucket([i]), reason=outcome.stages[-1].reason)
-            if outcome.reduction is None
-            else _read_off(outcome.reduction, packed.bucket([i]))
+            outcome.reduction.on(packed.bucket([i]).features)
+            if outcome.reduction is not None
+            else Reduction.identity(packed.bucket([i]), reason=outcome.stages[-1].reason)
             for i, outcome in enumerate(earlier)
         ]
         packed = _outputs(packed, composed)
@@ -291,17 +291,6 @@ def run_stages(
 def _outputs(packed: PackedTokens, reductions: Sequence[Reduction]) -> PackedTokens:
     items = [reduction.tokens(packed.bucket([i]))[0] for i, reduction in enumerate(reductions)]
     return PackedTokens.from_items(items)
-
-
-def _read_off(reduction: Reduction, tokens: VisualTokens) -> Reduction:
-    """A reduction made before the encoder's output was projected, with the projected features."""
-    device = tokens.features.device
-    reduction = replace(
-        reduction,
-        positions=reduction.positions.to(device),
-        assignment=reduction.assignment.to(device),
-    )
-    return replace(reduction, features=reduction.apply(tokens.features))
 
 
 def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:

@@ -30,7 +30,7 @@ def register_strategies(register: Register) -> None:
         "divprune",
         f"{here}.divprune:DivPrune",
         summary="Keeps the most diverse tokens: greedy max-min cosine distance.",
-        sites=("projector", "decoder"),
+        sites=("frames", "projector", "decoder"),
         kind="prune",
         cost="greedy",
         parity="official",
@@ -429,7 +429,7 @@ def register_strategies(register: Register) -> None:
         "random",
         f"{here}.random_keep:RandomKeep",
         summary="Control: keeps random tokens, seeded by content.",
-        sites=("projector", "decoder"),
+        sites=("frames", "projector", "decoder"),
         kind="prune",
         cost="score",
     )
@@ -437,7 +437,7 @@ def register_strategies(register: Register) -> None:
         "uniform",
         f"{here}.uniform:Uniform",
         summary="Control: keeps evenly spaced tokens.",
-        sites=("projector", "decoder"),
+        sites=("frames", "projector", "decoder"),
         kind="prune",
         cost="score",
     )

@@ -137,10 +137,16 @@ def hidden_states(case: Case, prompt: ReducedPrompt, embeds: Tensor, positions: 
 @torch.no_grad()
 def greedy(case: Case, reducer: tr.Reducer, steps: int) -> tuple[Tensor, Tensor]:
     """Ids ``(B, steps)`` and logits ``(steps, B, V)`` of greedy decoding, recomputed each step."""
+    return decoded(case, reduced_prompts(case, reducer), steps)
+
+
+@torch.no_grad()
+def decoded(case: Case, prompts: list[ReducedPrompt], steps: int) -> tuple[Tensor, Tensor]:
+    """As :func:`greedy`, of prompts that were reduced already."""
     head = case.model.get_output_embeddings()
     embed = case.model.get_input_embeddings()
     ids, logits = [], []
-    for prompt in reduced_prompts(case, reducer):
+    for prompt in prompts:
         embeds, positions = prompt.embeds, prompt.positions
         row_ids, row_logits = [], []
         for _ in range(steps):

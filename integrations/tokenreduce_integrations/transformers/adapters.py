@@ -118,7 +118,7 @@ class TransformersAdapter:
             raise UnsupportedSite(
                 f"stage {stage.reducer.name!r} at the site {stage.site!r}: "
                 f"{type(model).__name__} ({self.family.name} family) is served at: "
-                f"{', '.join(self.family.sites)}."
+                f"{', '.join(self.family.sites)}.{_why_no_frames(owner, stage)}"
             )
         if stage.site == "vision":
             return  # the site itself knows what blocks of the encoder give
@@ -149,6 +149,15 @@ class TransformersAdapter:
             )
         if _JOINT.intersection(stage.reducer.needs):
             JointEncoder.require_same_tower(tower, JointEncoder.config_of(joint_encoder))
+
+
+def _why_no_frames(owner: Any, stage: Stage) -> str:
+    if stage.site != "frames" or hasattr(owner, "get_video_features"):
+        return ""
+    return (
+        " It encodes the frames of a clip as so many images, and nothing says which of them make a "
+        "clip: choose frames before the processor."
+    )
 
 
 class LlavaAdapter(TransformersAdapter):

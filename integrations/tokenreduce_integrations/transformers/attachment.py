@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from tokenreduce.attachment import Attachment, ItemReduction
 from tokenreduce.capabilities import Site
-from tokenreduce.errors import AttachmentError, MediaError, UnsupportedModel, UnsupportedSite
+from tokenreduce.errors import (
+    AttachmentError,
+    MediaError,
+    StageNotEngaged,
+    UnsupportedModel,
+    UnsupportedSite,
+)
 from tokenreduce.packing import PackedTokens
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import ItemReceipt, Receipt, Stopwatch, notify_observers
@@ -254,6 +260,7 @@ class TransformersAttachment(Uncopyable, Attachment):
     def _choose(self, visual: VisualInput, embeds: Tensor, valid: Tensor) -> _Choice:
         """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
         layouts, earlier = visual.layouts, visual.earlier
+        self._check_encoded(earlier)
         stages, stopwatch = self._stages_at("projector"), Stopwatch()
         if not self.enabled:
             outcomes = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
@@ -279,6 +286,25 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
             outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)
         return _Choice(visual, outcomes, stopwatch)
+
+    def _check_encoded(self, earlier: Sequence[ItemOutcome] | None) -> None:
+        """Refuse features that were encoded under other stages than those that act now.
+
+        Raises:
+            StageNotEngaged: if stages before or inside the encoder never saw them.
+            AttachmentError: if such stages left something out that nobody is to leave out now.
+        """
+        sites = [stage.site for stage in self.stages if stage.site in ("frames", "vision")]
+        if self.enabled and sites and earlier is None:
+            raise StageNotEngaged(
+                f"visual features were encoded before the pipeline was attached, or while it was "
+                f"disabled: its stage at the site {sites[0]!r} never saw them. Encode them again."
+            )
+        if not self.enabled and any(o.reduction is not None for o in earlier or ()):
+            raise AttachmentError(
+                "the attachment is disabled, but visual features were encoded while it was not, "
+                "and lack what its stages left out. Encode them again."
+            )
 
     def _shortened(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts, vision
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
+from tokenreduce_integrations.transformers.frames import FramesSite, PatchedClips, StackedClips
 from tokenreduce_integrations.transformers.probes import ProbeFactory, TowerProbes, pools, towers
 from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
 
@@ -78,7 +80,10 @@ LLAVA_ONEVISION = Family(
         tower=towers.image_tower,
         pools={"image": pools.packed_tiles, "video": pools.pooled_frames},
     ),
-    encoder_sites={"vision": vision.TiledTowerSite},
+    encoder_sites={
+        "frames": partial(FramesSite, StackedClips(newlines=1)),
+        "vision": vision.TiledTowerSite,
+    },
 )
 _QWEN_LAYOUTS = {
     "image": layouts.merged_patches("image"),
@@ -88,7 +93,10 @@ _QWEN_PROBES = TowerProbes(
     tower=towers.native_tower,
     pools={"image": pools.merged_patches("image"), "video": pools.merged_patches("video")},
 )
-_QWEN_SITES: Mapping[Site, EncoderSiteFactory] = {"vision": vision.PackedTowerSite}
+_QWEN_SITES: Mapping[Site, EncoderSiteFactory] = {
+    "frames": partial(FramesSite, PatchedClips()),
+    "vision": vision.PackedTowerSite,
+}
 QWEN2_VL = Family(
     name="Qwen2-VL", layouts=_QWEN_LAYOUTS, probe=_QWEN_PROBES, encoder_sites=_QWEN_SITES
 )
