@@ -17,6 +17,7 @@ from tokenreduce.plugins import installed
 from tokenreduce.receipt import Receipt
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
+from tokenreduce.regions import Regions
 from tokenreduce.registry import import_target
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
@@ -71,6 +72,8 @@ class Attachment(ABC):
         self.stages = stages
         self.attached = True
         self.enabled = True
+        #: Regions whose tokens survive; what an integration reduces must respect them.
+        self.regions = Regions()
         self._receipt: Receipt | None = None
         self._reductions: tuple[ItemReduction, ...] = ()
 
@@ -110,6 +113,22 @@ class Attachment(ABC):
             yield
         finally:
             self.enabled = before
+
+    @contextmanager
+    def protecting(self, regions: Sequence[Any]) -> Iterator[None]:
+        """Other protected regions while the context is open.
+
+        Args:
+            regions: as ``protect`` of :func:`attach`.
+
+        Raises:
+            TokensError: if they are malformed.
+        """
+        before, self.regions = self.regions, Regions(regions)
+        try:
+            yield
+        finally:
+            self.regions = before
 
     @contextmanager
     def budget(
@@ -225,6 +244,7 @@ def attach(
     *,
     processor: Any | None = None,
     joint_encoder: Any | None = None,
+    protect: Sequence[Any] = (),
 ) -> Attachment:
     """Make a live model see fewer visual tokens.
 
@@ -239,6 +259,9 @@ def attach(
             strategies that compare image and prompt in its space: a folder, a hub name such as
             ``"openai/clip-vit-large-patch14-336"``, or a loaded model and its tokenizer as a pair.
             It is loaded only if a stage needs it, without its own vision tower.
+        protect: regions whose tokens survive, outside the budget: boxes (x0, y0, x1, y1) from 0 to
+            1, relative to the picture that the encoder sees, for every image and every frame; or a
+            list of boxes for each visual item of the prompts, in the order of ``reductions``.
 
     Returns:
         the attachment; use it as a context manager or call its ``detach``.
@@ -246,15 +269,18 @@ def attach(
     Raises:
         UnsupportedModel: if no installed adapter serves the model.
         BudgetError: if a stage has no budget.
+        TokensError: if a protected region is malformed.
         UnsupportedSite: if a stage cannot run at its site on this model.
         MissingSignal: if a stage needs a signal that the model cannot give.
         AttachmentError: if a pipeline is attached to the model already.
     """
     model = unwrapped(model)
-    stages = as_stages(pipeline)
+    stages, regions = as_stages(pipeline), Regions(protect)
     for stage in stages:
         stage.require_budget()
-    return find_adapter(model).attach(model, stages, processor, joint_encoder)
+    attachment = find_adapter(model).attach(model, stages, processor, joint_encoder)
+    attachment.regions = regions
+    return attachment
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

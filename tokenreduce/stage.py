@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Integral
 
+import torch
+
 from tokenreduce.budget import Budget
 from tokenreduce.capabilities import SITES, Site
 from tokenreduce.errors import BudgetError, PipelineError, UnsupportedSite
@@ -191,6 +193,40 @@ class ItemOutcome:
         if self.reduction is not None and other.reduction is not None:
             reduction = self.reduction.then(other.reduction)
         return ItemOutcome(reduction=reduction, stages=(*self.stages, *other.stages))
+
+
+def join_outcomes(parts: Sequence[ItemOutcome]) -> ItemOutcome:
+    """The outcome of an item that is several others end to end, each kept at its positions."""
+    stages = tuple(
+        replace(
+            receipts[0],
+            tokens_in=sum(receipt.tokens_in for receipt in receipts),
+            tokens_out=sum(receipt.tokens_out for receipt in receipts),
+            protected=sum(receipt.protected for receipt in receipts),
+            reason="; ".join(dict.fromkeys(r.reason for r in receipts if r.reason)),
+        )
+        for receipts in zip(*(part.stages for part in parts), strict=True)
+    )
+    changed = next((part.reduction for part in parts if part.reduction is not None), None)
+    if changed is None:
+        return ItemOutcome(reduction=None, stages=stages)
+    positions, assignment, outputs, sources = [], [], 0, 0
+    for part in parts:
+        if part.reduction is None:
+            everyone = torch.arange(part.stages[0].tokens_in, device=changed.positions.device)
+            kept = flows = everyone[None]
+        else:
+            kept, flows = part.reduction.positions, part.reduction.assignment
+        positions.append(kept + sources)
+        assignment.append(torch.where(flows < 0, flows, flows + outputs))
+        outputs, sources = outputs + kept.shape[1], sources + flows.shape[1]
+    reduction = Reduction(
+        # Places alone: the features are those that the LLM reads.
+        features=changed.features.new_empty(1, outputs, 0),
+        positions=torch.cat(positions, dim=1),
+        assignment=torch.cat(assignment, dim=1),
+    )
+    return ItemOutcome(reduction=reduction, stages=stages)
 
 
 def keep_all_outcomes(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from numbers import Integral
 from types import MappingProxyType
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from tokenreduce.errors import MissingSignal, TokensError
 from tokenreduce.plugins import installed
+from tokenreduce.regions import as_region
 
 
 class Layout:
@@ -22,13 +25,22 @@ class Layout:
             a tile or crop; it is 0 for a plain image or clip.
         protected: ``(N,)`` booleans, tokens that no reducer may drop or merge (class tokens,
             newlines, timestamps, regions that the user marked); none if omitted.
+        extents: (rows, columns) in tokens of each block that shows the whole picture. A block that
+            is not named shows an unknown part of it, or has no geometry.
 
     Raises:
         TokensError: if a shape or a type is wrong.
     """
 
-    def __init__(self, coords: Tensor, protected: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        coords: Tensor,
+        protected: Tensor | None = None,
+        *,
+        extents: Mapping[int, tuple[int, int]] | None = None,
+    ) -> None:
         _require_tensors(coords=coords, protected=protected)
+        self.extents = MappingProxyType(dict(extents or {}))
         if coords.ndim != 2 or coords.shape[1] != 4:
             raise TokensError(
                 f"coords must have shape (N, 4) with (block, t, y, x) of each token, "
@@ -68,7 +80,7 @@ class Layout:
     @classmethod
     def line(cls, length: int) -> Layout:
         """Tokens without geometry, such as a Q-Former's: one row, counted along x."""
-        return cls.from_grid((1, 1, length))
+        return _line(length)
 
     def __len__(self) -> int:
         return self.coords.shape[0]
@@ -113,11 +125,41 @@ class Layout:
     def select(self, index: Tensor) -> Layout:
         """The layout of the tokens at ``index`` (1-D)."""
         index = index.cpu()
-        return Layout(self.coords[index], self.protected[index])
+        return Layout(self.coords[index], self.protected[index], extents=self.extents)
 
     def protect(self, mask: Tensor) -> Layout:
         """The same layout with more protected tokens."""
-        return Layout(self.coords, self.protected | mask.cpu())
+        return Layout(self.coords, self.protected | mask.cpu(), extents=self.extents)
+
+    def within(self, regions: Iterable[Sequence[float | Fraction]]) -> Tensor:
+        """``(N,)`` which tokens show a part of some region.
+
+        A token shows the cell of its block's grid where it stands; cells that a region only
+        touches do not count. All frames of a clip and all blocks count alike.
+
+        Args:
+            regions: boxes (x0, y0, x1, y1) relative to the picture, from 0 to 1.
+
+        Raises:
+            TokensError: if a region is malformed, or it is not known what a token shows.
+        """
+        boxes = [as_region(region) for region in regions]
+        block, _, y, x = self.coords.unbind(1)
+        inside = torch.zeros(len(self), dtype=torch.bool)
+        unknown = sorted({*block.tolist()} - {*self.extents})
+        if boxes and unknown:
+            raise TokensError(
+                f"regions cannot be protected: it is not known which part of the picture the "
+                f"tokens of {self!r} show (blocks {', '.join(map(str, unknown))}). Tokens of a "
+                "Q-Former have no place, and some processors do not tell how they cut tiles: turn "
+                "tiling off, or leave the regions out."
+            )
+        for number, (rows, columns) in self.extents.items():
+            for x0, y0, x1, y1 in boxes:
+                high = (y >= math.floor(y0 * rows)) & (y < math.ceil(y1 * rows))
+                wide = (x >= math.floor(x0 * columns)) & (x < math.ceil(x1 * columns))
+                inside |= (block == number) & high & wide
+        return inside
 
     def __repr__(self) -> str:
         shape = f"grid={self.grid}" if self.grid else f"tokens={len(self)}"
@@ -137,11 +179,16 @@ def _require_tensors(**values: object) -> None:
 
 
 @lru_cache(maxsize=1024)
+def _line(length: int) -> Layout:
+    return Layout(Layout.from_grid((1, 1, length)).coords)
+
+
+@lru_cache(maxsize=1024)
 def _full_grid(t: int, h: int, w: int, block: int) -> Layout:
     """Shared, since the same grids come with every image: layouts do not change."""
     axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
     coords = torch.stack([torch.full_like(axes[0], block), *axes], dim=-1)
-    return Layout(coords.reshape(-1, 4))
+    return Layout(coords.reshape(-1, 4), extents={block: (h, w)})
 
 
 class VisualTokens:

@@ -243,17 +243,27 @@ def _internvl() -> Any:
 
 
 def internvl(side: str = "left") -> Case:
-    """Three tiles in the first prompt, two in the second."""
+    """An image of three tiles and one of two in the first prompt, one of two in the second."""
     inputs = pad(
         [
-            [BOS, *words(3, 1), *[IMAGE] * 12, *words(6, 2)],
+            [BOS, *words(3, 1), *[IMAGE] * 12, *words(2, 6), *[IMAGE] * 8, *words(6, 2)],
             [BOS, *words(2, 3), *[IMAGE] * 8, *words(2, 4)],
         ],
         side,
     )
-    inputs["pixel_values"] = noise(5, 3, 56, 56)
-    items = tuple(Item(prompt, IMAGE, grid(1, 2, 2)) for prompt in (0, 0, 0, 1, 1))
+    inputs["pixel_values"] = noise(7, 3, 56, 56)
+    items = tuple(
+        Item(prompt, IMAGE, [cell for block in range(tiles) for cell in grid(1, 2, 2, block)])
+        for prompt, tiles in ((0, 3), (0, 2), (1, 2))
+    )
     return Case(copy.deepcopy(_internvl()), inputs, items)
+
+
+def internvl_single() -> Case:
+    """One image that was not cut into tiles."""
+    inputs = pad([[BOS, *words(3, 1), *[IMAGE] * 4, *words(6, 2)]], "left")
+    inputs["pixel_values"] = noise(1, 3, 56, 56)
+    return Case(copy.deepcopy(_internvl()), inputs, (Item(0, IMAGE, grid(1, 2, 2)),))
 
 
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}

@@ -191,7 +191,7 @@ class Qwen3VLAdapter(TransformersAdapter):
 
 
 class InternVLAdapter(TransformersAdapter):
-    """InternVL: pixel-shuffled tiles, each an item of its own."""
+    """InternVL: pixel-shuffled tiles; those of one image are one item."""
 
     family = families.INTERNVL
 

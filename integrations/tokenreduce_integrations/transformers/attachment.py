@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -219,6 +219,8 @@ class TransformersAttachment(Uncopyable, Attachment):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._under_way.call = None
         visual = self._watch.take()
+        if visual is not None and self.enabled and self.regions:
+            visual = self._with_regions(visual)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         ledger = Ledger.of(cache)
         if embeds is not None and embeds.shape[1] == 0:
@@ -256,6 +258,14 @@ class TransformersAttachment(Uncopyable, Attachment):
             call.ledger(plan, {} if ledger is None else ledger.deeper).install(cache)
             shorter["past_key_values"] = Ledger.view(cache)
         return args, shorter
+
+    def _with_regions(self, visual: VisualInput) -> VisualInput:
+        if any(stage.site == "vision" for stage in self.stages):
+            raise UnsupportedSite(
+                "regions cannot be protected where a stage inside the encoder drops or merges "
+                "their tokens first: leave the regions out, or use stages at the projector site."
+            )
+        return replace(visual, regions=self.regions)
 
     def _choose(self, visual: VisualInput, embeds: Tensor, valid: Tensor) -> _Choice:
         """Choose and merge visual tokens; where budgets keep all, no tensor is read."""

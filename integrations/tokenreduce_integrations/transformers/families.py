@@ -43,6 +43,8 @@ class Family:
         probe: what reads signals while the encoder runs; without one, strategies read projected
             features and the prompt only.
         shorten: what shortens the further per-token arguments that this family's decoder reads.
+        joins_tiles: whether tiles that follow one another in the sequence, without text between
+            them, are one visual item.
         llm_sites: sites at or in the LLM that can be served.
         encoder_sites: what runs stages before (``frames``) or inside (``vision``) the encoder.
     """
@@ -51,6 +53,7 @@ class Family:
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
     probe: ProbeFactory | None = None
     shorten: ArgumentShortener | None = None
+    joins_tiles: bool = False
     llm_sites: tuple[Site, ...] = ("projector", "decoder")
     encoder_sites: Mapping[Site, EncoderSiteFactory] = field(default_factory=dict)
 
@@ -112,7 +115,8 @@ QWEN3_VL = Family(
 )
 INTERNVL = Family(
     name="InternVL",
-    layouts={"image": layouts.square_tiles, "video": layouts.square_tiles},
+    layouts={"image": layouts.square_tiles},
+    joins_tiles=True,
     probe=TowerProbes(tower=towers.image_tower, pools={"image": pools.shuffled_patches}),
     encoder_sites={"vision": vision.ShuffledTowerSite},
 )

@@ -6,11 +6,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tokenreduce.tokens import Layout
+
+#: Layouts of packed images by owner: asking a model's packing costs more than all else here.
+_PACKED: WeakKeyDictionary[Any, dict[object, Layout]] = WeakKeyDictionary()
 
 
 def grid_layout(grid: Sequence[int], count: int) -> Layout:
@@ -47,27 +51,33 @@ def packed_tiles(
     """A thumbnail (block 0) and the unpadded mosaic of tiles (block 1) with newlines at line ends
     (LLaVA-NeXT, LLaVA-OneVision).
 
-    The model's own packing is asked where each line ends, with a marker for the newline; newlines
-    are protected.
+    The model's own packing is asked once for each size of image where the lines end, with a marker
+    for the newline; newlines are protected.
     """
     config = owner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    sizes = arguments["image_sizes"]
+    sizes = torch.as_tensor(arguments["image_sizes"])
+    settings = _packing_settings(owner, arguments)
+    known = _PACKED.setdefault(owner, {})
     layouts = []
-    for index, feature in enumerate(features):
+    for index, (feature, size) in enumerate(zip(features, sizes.tolist(), strict=True)):
         count = feature.shape[0]
-        packed = pack_tiles(
-            owner,
-            arguments,
-            sizes[index : index + 1],
-            count,
-            lambda tiles: torch.zeros(tiles, side * side, 1),
-            torch.ones(1),
-        )
-        if packed is None:
-            layouts.append(Layout.line(count))
-        else:
-            layouts.append(_mosaic_layout(side, packed[0][:, 0] > 0.5))
+        key = (*size, count, *settings.values())
+        if key not in known:
+            packed = pack_tiles(
+                owner,
+                arguments,
+                sizes[index : index + 1],
+                count,
+                lambda tiles: torch.zeros(tiles, side * side, 1),
+                torch.ones(1),
+            )
+            known[key] = (
+                Layout.line(count)
+                if packed is None
+                else _mosaic_layout(side, packed[0][:, 0] > 0.5)
+            )
+        layouts.append(known[key])
     return layouts
 
 
@@ -98,11 +108,7 @@ def pack_tiles(
     )
 
     config = owner.config
-    settings = {
-        name: arguments.get(name) or getattr(config, name, None)
-        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
-        if name in inspect.signature(owner.pack_image_features).parameters
-    }
+    settings = _packing_settings(owner, arguments)
     tiled = image_size_to_num_patches(
         image_size=size[0],
         grid_pinpoints=config.image_grid_pinpoints,
@@ -116,6 +122,14 @@ def pack_tiles(
         if packed.shape[0] == count:
             return packed, blocks
     return None
+
+
+def _packing_settings(owner: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: arguments.get(name) or getattr(owner.config, name, None)
+        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
+        if name in inspect.signature(owner.pack_image_features).parameters
+    }
 
 
 def pooled_frames(
@@ -137,7 +151,7 @@ def pooled_frames(
 def square_tiles(
     owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> list[Layout]:
-    """Square tiles, each an item of its own: nothing says which belong together (InternVL)."""
+    """Square pictures or tiles, one for each entry (InternVL)."""
     sides = (math.isqrt(feature.shape[0]) for feature in features)
     return [
         grid_layout((side, side), feature.shape[0])
@@ -164,13 +178,13 @@ def merged_patches(modality: str) -> Any:
 def _with_class_token(patches: Layout) -> Layout:
     first = torch.zeros(1, 4, dtype=torch.long)
     guarded = torch.arange(len(patches) + 1) == 0
-    return Layout(torch.cat([first, patches.coords]), guarded)
+    return Layout(torch.cat([first, patches.coords]), guarded, extents=patches.extents)
 
 
 def _with_newline(tokens: Layout) -> Layout:
     end = tokens.coords[-1:] + torch.tensor([[0, 0, 0, 1]])
     guarded = torch.arange(len(tokens) + 1) == len(tokens)
-    return Layout(torch.cat([tokens.coords, end]), guarded)
+    return Layout(torch.cat([tokens.coords, end]), guarded, extents=tokens.extents)
 
 
 def _mosaic_layout(side: int, newline: Tensor) -> Layout:
@@ -191,4 +205,17 @@ def _mosaic_layout(side: int, newline: Tensor) -> Layout:
         ],
         dim=1,
     )
-    return Layout(torch.cat([thumbnail.coords, mosaic]), newline)
+    extents = {0: (side, side), 1: (rest.numel() // line_length, line_length - 1)}
+    return Layout(torch.cat([thumbnail.coords, mosaic]), newline, extents=extents)
+
+
+def joined_tiles(tiles: Sequence[Layout]) -> Layout:
+    """Tiles of one picture, each a block; the last of several shows the whole picture."""
+    if len(tiles) == 1:
+        return tiles[0]
+    coords = torch.cat([tile.coords for tile in tiles])
+    coords[:, 0] = torch.arange(len(tiles)).repeat_interleave(
+        torch.tensor([len(tile) for tile in tiles])
+    )
+    extents = {len(tiles) - 1: whole for whole in tiles[-1].extents.values()}
+    return Layout(coords, torch.cat([tile.protected for tile in tiles]), extents=extents)

@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,7 +28,8 @@ from tokenreduce.errors import (
     StageNotEngaged,
     UnsupportedModel,
 )
-from tokenreduce.stage import ItemOutcome
+from tokenreduce.regions import Regions
+from tokenreduce.stage import ItemOutcome, join_outcomes
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.hooks import (
@@ -37,6 +38,7 @@ from tokenreduce_integrations.transformers.hooks import (
     outside_compilation,
     restore_methods,
 )
+from tokenreduce_integrations.transformers.layouts import joined_tiles
 from tokenreduce_integrations.transformers.probes import Probe
 
 MODALITIES = ("image", "video")
@@ -86,13 +88,15 @@ class EncoderSite(Protocol):
 class PlacedItem:
     """A visual item in a batch of prompts.
 
-    ``columns`` ``(N,)`` are the places of its tokens in its prompt's row of the sequence.
+    ``columns`` ``(N,)`` are the places of its tokens in its prompt's row of the sequence, and
+    ``parts`` says of how many encoded items it is made.
     """
 
     prompt: int
     modality: str
     columns: Tensor
     layout: Layout
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,23 @@ class VisualInput:
         masks: ``(B, S)`` for each modality, the columns that hold its features.
         encoded: the items of each modality, in reading order.
         input_ids: ``(B, S)``; None where the model was called with embeddings.
+        joined: whether encoded items that follow one another without text between them are the
+            tiles of one visual item.
+        regions: regions whose tokens are protected.
     """
 
     masks: Mapping[str, Tensor]
     encoded: Mapping[str, Sequence[EncodedItem]]
     input_ids: Tensor | None = None
+    joined: bool = False
+    regions: Regions = field(default_factory=Regions)
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
         """The layout of each item, in the order of :attr:`items`."""
-        return tuple(item.layout for modality in self.masks for item in self.encoded[modality])
+        if self.joined:
+            return tuple(item.layout for item in self.items)
+        return self._protected([item.layout for item in self._encoded])
 
     @cached_property
     def items(self) -> tuple[PlacedItem, ...]:
@@ -121,10 +132,14 @@ class VisualInput:
         Raises:
             AttachmentError: if the placeholders do not hold whole items.
         """
-        return tuple(
+        items = [
             item
             for modality, mask in self.masks.items()
-            for item in _place(modality, mask, self.encoded[modality])
+            for item in _place(modality, mask, self.encoded[modality], joined=self.joined)
+        ]
+        layouts = self._protected([item.layout for item in items])
+        return tuple(
+            replace(item, layout=layout) for item, layout in zip(items, layouts, strict=True)
         )
 
     @property
@@ -135,15 +150,30 @@ class VisualInput:
     @cached_property
     def earlier(self) -> list[ItemOutcome] | None:
         """What stages before or inside the encoder made of each item; None without any."""
-        items = [item for modality in self.masks for item in self.encoded[modality]]
-        done = [item.earlier for item in items if item.earlier is not None]
-        if len(done) not in (0, len(items)):
+        done = [item.earlier for item in self._encoded if item.earlier is not None]
+        if len(done) not in (0, len(self._encoded)):
             raise AttachmentError(
                 "some visual items of this call were encoded while the pipeline was attached, and "
                 "others were not: its stages inside the encoder would act on some only. Encode all "
                 "of them after attaching."
             )
-        return done or None
+        if not done or not self.joined:
+            return done or None
+        parts = iter(done)
+        return [join_outcomes([next(parts) for _ in range(item.parts)]) for item in self.items]
+
+    @property
+    def _encoded(self) -> list[EncodedItem]:
+        return [item for modality in self.masks for item in self.encoded[modality]]
+
+    def _protected(self, layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+        if not self.regions:
+            return tuple(layouts)
+        regions = self.regions.of(len(layouts))
+        return tuple(
+            layout.protect(layout.within(boxes))
+            for layout, boxes in zip(layouts, regions, strict=True)
+        )
 
     def signals(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Signals that were read at the encoder, of all items end to end.
@@ -151,15 +181,14 @@ class VisualInput:
         Raises:
             MissingSignal: if an item was not encoded while the pipeline was attached.
         """
-        items = [item for modality in self.masks for item in self.encoded[modality]]
         for name in names:
-            if any(name not in item.signals for item in items):
+            if any(name not in item.signals for item in self._encoded):
                 raise MissingSignal(
                     f"signal {name!r} of visual features that were not encoded while the pipeline "
                     "was attached. Encode them after attaching, or use a strategy that reads "
                     "projected features only."
                 )
-        return {name: torch.cat([item.signals[name] for item in items]) for name in names}
+        return {name: torch.cat([item.signals[name] for item in self._encoded]) for name in names}
 
 
 class _Call(threading.local):
@@ -228,7 +257,7 @@ class VisualWatch(Uncopyable):
                     "of the two."
                 )
         encoded = {modality: call.encoded[modality] for modality in masks}
-        return VisualInput(masks, encoded, input_ids)
+        return VisualInput(masks, encoded, input_ids, joined=self.family.joins_tiles)
 
     def detach(self) -> None:
         """Remove hooks and wrappers; detaching twice does nothing.
@@ -390,7 +419,9 @@ def _recognised(
     ]
 
 
-def _place(modality: str, mask: Tensor, encoded: Sequence[EncodedItem]) -> list[PlacedItem]:
+def _place(
+    modality: str, mask: Tensor, encoded: Sequence[EncodedItem], *, joined: bool
+) -> list[PlacedItem]:
     """The items of one modality in the sequence."""
     lengths = [len(item.layout) for item in encoded]
     places = mask.nonzero()
@@ -400,8 +431,8 @@ def _place(modality: str, mask: Tensor, encoded: Sequence[EncodedItem]) -> list[
             "was split inside an item (chunked prefill). Prefill in one call while a pipeline is "
             "attached."
         )
-    items = []
-    rows = places[:, 0].tolist()
+    items: list[PlacedItem] = []
+    rows, columns = places.t().tolist()
     start = 0
     for item, length in zip(encoded, lengths, strict=True):
         stop = start + length
@@ -413,4 +444,31 @@ def _place(modality: str, mask: Tensor, encoded: Sequence[EncodedItem]) -> list[
         prompt = rows[start] if length else 0
         items.append(PlacedItem(prompt, modality, places[start:stop, 1], item.layout))
         start = stop
-    return items
+    return _join_runs(items, columns) if joined else items
+
+
+def _join_runs(tiles: Sequence[PlacedItem], columns: Sequence[int]) -> list[PlacedItem]:
+    """Tiles that follow one another without text between them, as one item.
+
+    Args:
+        tiles: in reading order.
+        columns: of all their tokens.
+    """
+    runs: list[list[PlacedItem]] = []
+    start = 0
+    for tile in tiles:
+        follows = start > 0 and columns[start] == columns[start - 1] + 1
+        if follows and tile.prompt == runs[-1][-1].prompt:
+            runs[-1].append(tile)
+        else:
+            runs.append([tile])
+        start += len(tile.layout)
+    return [
+        replace(
+            run[0],
+            columns=torch.cat([tile.columns for tile in run]),
+            layout=joined_tiles([tile.layout for tile in run]),
+            parts=len(run),
+        )
+        for run in runs
+    ]
