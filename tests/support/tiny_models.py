@@ -224,6 +224,24 @@ def llava_next(side: str = "left") -> Case:
 
 
 @functools.cache
+def _llava_next_video() -> Any:
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=CLIP,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-2,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+        spatial_pool_stride=2,
+    )
+    return lively(transformers.LlavaNextVideoForConditionalGeneration(config))
+
+
+def llava_next_video_model() -> Any:
+    return copy.deepcopy(_llava_next_video())
+
+
+@functools.cache
 def _internvl() -> Any:
     config = transformers.InternVLConfig(
         vision_config={

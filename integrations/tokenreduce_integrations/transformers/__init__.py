@@ -34,6 +34,12 @@ def register_model_adapters(register: Register) -> None:
             "LLaVA-NeXT, tiled images",
         ),
         (
+            "llava-next-video",
+            "LlavaNextVideoAdapter",
+            f"{models}.llava_next_video.modeling_llava_next_video.LlavaNextVideoPreTrainedModel",
+            "LLaVA-NeXT-Video, tiled images and video",
+        ),
+        (
             "qwen2-vl",
             "Qwen2VLAdapter",
             f"{models}.qwen2_vl.modeling_qwen2_vl.Qwen2VLPreTrainedModel",

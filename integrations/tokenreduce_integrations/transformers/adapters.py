@@ -172,6 +172,12 @@ class LlavaOnevisionAdapter(TransformersAdapter):
     family = families.LLAVA_ONEVISION
 
 
+class LlavaNextVideoAdapter(TransformersAdapter):
+    """LLaVA-NeXT-Video: tiled images and clips."""
+
+    family = families.LLAVA_NEXT_VIDEO
+
+
 class LlavaNextAdapter(TransformersAdapter):
     """LLaVA-NeXT: tiled images."""
 

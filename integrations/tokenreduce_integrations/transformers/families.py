@@ -88,6 +88,11 @@ LLAVA_ONEVISION = Family(
         "vision": vision.TiledTowerSite,
     },
 )
+LLAVA_NEXT_VIDEO = Family(
+    name="LLaVA-NeXT-Video",
+    layouts={"image": layouts.packed_tiles, "video": layouts.pooled_frames},
+    encoder_sites={"frames": partial(FramesSite, StackedClips())},
+)
 _QWEN_LAYOUTS = {
     "image": layouts.merged_patches("image"),
     "video": layouts.merged_patches("video"),

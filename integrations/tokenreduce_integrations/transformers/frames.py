@@ -67,11 +67,9 @@ class StackedClips:
 
     Args:
         newlines: tokens that the model appends to each clip.
-        by_frame: whether the model gives a row of features for each frame, not for each clip.
     """
 
     newlines: int = 0
-    by_frame: bool = False
 
     def describe(self, owner: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         pixels: Tensor = arguments["pixel_values_videos"]
@@ -88,10 +86,7 @@ class StackedClips:
         rows = pooled.reshape(-1, pooled.shape[-1])
         chosen, end = rows[: len(rows) - self.newlines], rows[len(rows) - self.newlines :]
         features = _scatter(chosen, frames, kept).unflatten(0, (len(frames), -1))
-        if self.by_frame:
-            output.pooler_output = features.flatten(0, 1).unflatten(0, (sum(frames), -1))
-        else:
-            output.pooler_output = torch.cat([features, end.expand(len(frames), -1, -1)], dim=1)
+        output.pooler_output = torch.cat([features, end.expand(len(frames), -1, -1)], dim=1)
 
 
 @dataclass(frozen=True)

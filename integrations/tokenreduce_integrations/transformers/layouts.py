@@ -135,16 +135,18 @@ def _packing_settings(owner: Any, arguments: Mapping[str, Any]) -> dict[str, Any
 def pooled_frames(
     owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> list[Layout]:
-    """Pooled frames of a clip with one newline at the end (LLaVA-OneVision); it is protected."""
+    """Pooled frames of a clip (LLaVA-NeXT-Video), perhaps with one newline at the end
+    (LLaVA-OneVision), which is protected."""
     frames = arguments["pixel_values_videos"].shape[1]
     layouts = []
     for feature in features:
         count = feature.shape[0]
-        side = round(((count - 1) / frames) ** 0.5)
-        if frames * side * side == count - 1:
+        side = math.isqrt(count // frames)
+        cells = frames * side * side
+        if cells == count - 1:
             layouts.append(_with_newline(Layout.from_grid((frames, side, side))))
         else:
-            layouts.append(Layout.line(count))
+            layouts.append(grid_layout((frames, side, side), count))
     return layouts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,9 @@ from tokenreduce.errors import (
     StageNotEngaged,
     UnsupportedSite,
 )
+from tokenreduce_integrations.transformers import families
+from tokenreduce_integrations.transformers.attachment import TransformersAttachment
+from tokenreduce_integrations.transformers.probes import PatchTowerProbe
 
 STEPS = 4
 SIDE = 8
@@ -51,6 +54,23 @@ def onevision() -> Case:
     clip = [*grid(5, 2, 2), (0, 4, 1, 2)]
     items = (stock.items[0], Item(0, VIDEO, clip, (20,)), Item(1, VIDEO, clip, (20,)))
     return Case(stock.model, inputs, items)
+
+
+def llava_next_video() -> Case:
+    """Two clips of five frames, and a tiled image."""
+    inputs = pad(
+        [
+            [BOS, *words(3, 1), *[IMAGE] * 88, *words(2, 2), *[VIDEO] * 20, *words(3, 9)],
+            [BOS, *words(2, 3), *[VIDEO] * 20, *words(2, 4)],
+        ],
+        "left",
+    )
+    stock = onevision()
+    for name in ("pixel_values", "image_sizes", "pixel_values_videos"):
+        inputs[name] = stock.inputs[name]
+    clip = grid(5, 2, 2)
+    items = (stock.items[0], Item(0, VIDEO, clip), Item(1, VIDEO, clip))
+    return Case(tiny_models.llava_next_video_model(), inputs, items)
 
 
 def qwen(stock: Case, patch: int, *, timestamps: bool = False) -> Case:
@@ -88,6 +108,7 @@ def qwen(stock: Case, patch: int, *, timestamps: bool = False) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "onevision": onevision,
+    "llava-next-video": llava_next_video,
     "qwen2-vl": lambda: qwen(tiny_models.qwen2_vl(), 14),
     "qwen2.5-vl": lambda: qwen(tiny_models.qwen2_5_vl(), 14),
     "qwen3-vl": lambda: qwen(tiny_models.qwen3_vl(), 16, timestamps=True),
@@ -467,12 +488,24 @@ def test_what_was_computed_for_all_frames_is_refused() -> None:
         )
 
 
-def test_strategies_that_read_the_encoder_are_refused() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Attentive(UnevenRandom):
-        @property
-        def needs(self) -> tuple[str, ...]:
-            return ("class_attention",)
+@dataclass(frozen=True, kw_only=True)
+class Attentive(UnevenRandom):
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("vision_features",)
 
+
+def test_strategies_that_read_the_encoder_are_refused() -> None:
+    model = onevision().model
     with pytest.raises(MissingSignal):
-        tr.attach(onevision().model, frames(Attentive()))
+        tr.attach(model, frames(Attentive()))
+    # A family whose clips have signals: those of chosen frames would be taken for those of all.
+    stages = (frames(UnevenRandom()), tr.Stage(reducer=Attentive()))
+    with pytest.raises(UnsupportedSite, match="some frames only"):
+        TransformersAttachment(
+            model,
+            stages,
+            family=replace(families.LLAVA_ONEVISION, probe=PatchTowerProbe),
+            decoder=model.model.language_model,
+            owner=model.model,
+        )
