@@ -245,14 +245,15 @@ class TransformersAttachment(Uncopyable, Attachment):
                 f"{type(self.decoder).__name__} was called without inputs_embeds: the "
                 f"{self.family.name} adapter does not serve it."
             )
-        given = Given.of(embeds, kwargs.get("attention_mask"), cache)
-        choice = None if visual is None else self._choose(visual, embeds, given.slots.valid)
+        mask = kwargs.get("attention_mask")
+        choice = None if visual is None else self._choose(visual, embeds, mask, cache)
         cuts = choice is not None and self._depth is not None and self.enabled
         reduces = choice is not None and choice.reduces
         if choice is not None and not cuts and not reduces:
             self._record(choice, choice.outcomes, embeds.shape[1])
         if ledger is None and not cuts and not reduces:
             return None
+        given = Given.of(embeds, mask, cache)
         shorter, plan, entered = None, None, given.slots
         if ledger is not None or reduces:
             shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
@@ -275,7 +276,7 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         return replace(visual, regions=self.regions)
 
-    def _choose(self, visual: VisualInput, embeds: Tensor, valid: Tensor) -> _Choice:
+    def _choose(self, visual: VisualInput, embeds: Tensor, mask: object, cache: Any) -> _Choice:
         """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
         layouts, earlier = visual.layouts, visual.earlier
         self._check_encoded(earlier)
@@ -292,6 +293,7 @@ class TransformersAttachment(Uncopyable, Attachment):
         if unchanged is not None:
             return _Choice(visual, unchanged, stopwatch)
         with stopwatch.running(embeds.device):
+            valid = Given.of(embeds, mask, cache).slots.valid
             rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
             columns = torch.cat([item.columns for item in visual.items])
             packed = PackedTokens(

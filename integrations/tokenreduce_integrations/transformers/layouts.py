@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,79 +57,23 @@ def packed_tiles(
     config = owner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
     sizes = torch.as_tensor(arguments["image_sizes"])
-    settings = _packing_settings(owner, arguments)
+    settings = {
+        name: arguments.get(name) or getattr(config, name, None)
+        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
+        if name in inspect.signature(owner.pack_image_features).parameters
+    }
     known = _PACKED.setdefault(owner, {})
     layouts = []
     for index, (feature, size) in enumerate(zip(features, sizes.tolist(), strict=True)):
         count = feature.shape[0]
         key = (*size, count, *settings.values())
         if key not in known:
-            packed = pack_tiles(
-                owner,
-                arguments,
-                sizes[index : index + 1],
-                count,
-                lambda tiles: torch.zeros(tiles, side * side, 1),
-                torch.ones(1),
-            )
+            newline = _newlines(owner, sizes[index : index + 1], side, count, settings)
             known[key] = (
-                Layout.line(count)
-                if packed is None
-                else _mosaic_layout(side, packed[0][:, 0] > 0.5)
+                Layout.line(count) if newline is None else _mosaic_layout(side, newline)
             )
         layouts.append(known[key])
     return layouts
-
-
-def pack_tiles(
-    owner: Any,
-    arguments: Mapping[str, Any],
-    size: Any,
-    count: int,
-    tiles: Callable[[int], Tensor],
-    newline: Tensor,
-) -> tuple[Tensor, int] | None:
-    """What the model's own packing makes of the tiles of one image.
-
-    Args:
-        owner: the module that owns visual features.
-        arguments: those of the encoding call.
-        size: the size of the image, alone in a batch.
-        count: how many tokens it became.
-        tiles: gives ``(n, patches, C)`` for the n tiles of the image.
-        newline: ``(C,)`` what stands at line ends.
-
-    Returns:
-        ``(count, C)``, and how many tiles there are; None if packing gives another number of
-        tokens.
-    """
-    from transformers.models.llava_onevision.modeling_llava_onevision import (
-        image_size_to_num_patches,
-    )
-
-    config = owner.config
-    settings = _packing_settings(owner, arguments)
-    tiled = image_size_to_num_patches(
-        image_size=size[0],
-        grid_pinpoints=config.image_grid_pinpoints,
-        patch_size=config.vision_config.image_size,
-    )
-    # One of several images of a prompt may have been left whole.
-    for blocks in (tiled, 1):
-        packed: Tensor = owner.pack_image_features(
-            [tiles(blocks)], size, image_newline=newline, **settings
-        )[0][0]
-        if packed.shape[0] == count:
-            return packed, blocks
-    return None
-
-
-def _packing_settings(owner: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: arguments.get(name) or getattr(owner.config, name, None)
-        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
-        if name in inspect.signature(owner.pack_image_features).parameters
-    }
 
 
 def pooled_frames(
@@ -187,6 +131,32 @@ def _with_newline(tokens: Layout) -> Layout:
     end = tokens.coords[-1:] + torch.tensor([[0, 0, 0, 1]])
     guarded = torch.arange(len(tokens) + 1) == len(tokens)
     return Layout(torch.cat([tokens.coords, end]), guarded, extents=tokens.extents)
+
+
+def _newlines(
+    owner: Any, size: Any, side: int, count: int, settings: Mapping[str, Any]
+) -> Tensor | None:
+    """``(count,)`` which tokens of a packed image are newlines; None if packing says otherwise."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    tiles = image_size_to_num_patches(
+        image_size=size[0],
+        grid_pinpoints=owner.config.image_grid_pinpoints,
+        patch_size=owner.config.vision_config.image_size,
+    )
+    for blocks in (tiles, 1):
+        packed = owner.pack_image_features(
+            [torch.zeros(blocks, side * side, 1)],
+            size,
+            image_newline=torch.ones(1),
+            **settings,
+        )[0][0]
+        if packed.shape[0] == count:
+            newline: Tensor = packed[:, 0] > 0.5
+            return newline
+    return None
 
 
 def _mosaic_layout(side: int, newline: Tensor) -> Layout:

@@ -26,7 +26,7 @@ from support.tiny_models import (
     llava_next,
     onevision,
 )
-from support.tower_oracle import expected
+from support.tower_oracle import expected, image_tower_patches
 from tokenreduce.errors import AttachmentError, MissingSignal, TokensError
 from tokenreduce.plugins import installed
 from tokenreduce_integrations.transformers import families
@@ -120,21 +120,42 @@ def test_signals_equal_those_of_eager_attention(
             assert (own[rows] - got).abs().max() < 1e-5, signal
 
 
+def read_signals(
+    family: families.Family, case: Case, names: list[str], **given: Any
+) -> list[dict[str, Tensor]]:
+    """Signals of the images of one encoding call, newlines included."""
+    owner = case.model.model
+    assert family.probe is not None
+    probe = family.probe(owner, names, None)
+    probe.begin()
+    features = owner.get_image_features(**given).pooler_output
+    signals = probe.read("image", features, given)
+    probe.detach()
+    return signals
+
+
 @torch.no_grad()
 def test_newlines_have_no_attention() -> None:
     case = llava_next()
-    owner, probes = case.model.model, families.LLAVA_NEXT.probe
-    assert probes is not None
-    probe = probes(owner, ["class_attention", "keys"], None)
-    probe.begin()
     given = {name: case.inputs[name] for name in ("pixel_values", "image_sizes")}
-    features = owner.get_image_features(**given).pooler_output
+    found = read_signals(families.LLAVA_NEXT, case, ["class_attention", "keys"], **given)
     oracle = expected("llava-next", case)
-    for index, signals in enumerate(probe.read("image", features, given)):
+    for index, signals in enumerate(found):
         for name, signal in signals.items():
             assert (signal - oracle[name][index]).abs().max() < 1e-5
             assert not signal[list(case.items[index].protected)].any()
-    probe.detach()
+
+
+@torch.no_grad()
+def test_images_that_are_left_whole() -> None:
+    case = onevision()
+    pixels, sizes = case.inputs["pixel_values"], case.inputs["image_sizes"]
+    given = {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": torch.tensor([2])}
+    found = read_signals(families.LLAVA_ONEVISION, case, ["received_attention"], **given)
+    oracle = image_tower_patches(case.model, pixels[:, 0])["received_attention"]
+    for signals, own in zip(found, oracle, strict=True):
+        assert (signals["received_attention"][:-1] - own).abs().max() < 1e-5
+        assert signals["received_attention"][-1] == 0
 
 
 @pytest.mark.parametrize("name", OFFERED)

@@ -6,16 +6,13 @@ are averaged, newlines get zero, padding that the model cuts off is cut off.
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from tokenreduce.errors import UnsupportedModel
-from tokenreduce_integrations.transformers.layouts import pack_tiles
 
 #: (owner, signal ``(T, S, C)`` of T sequences of the tower, projected features ``(N, D)`` of each
 #: item, arguments of the encoding call) -> the signal ``(N, C)`` of each item.
@@ -39,21 +36,38 @@ def packed_tiles(
     owner: Any, signal: Tensor, features: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> list[Tensor]:
     """Thumbnail and unpadded tiles with newlines at line ends (LLaVA-NeXT, LLaVA-OneVision)."""
-    newline = signal.new_zeros(signal.shape[-1])
-    tiles = signal[:, signal.shape[1] - _tile(owner) :]
-    pooled, start = [], 0
-    for index, feature in enumerate(features):
-        size = arguments["image_sizes"][index : index + 1]
-        of_image = functools.partial(_following, tiles, start)
-        packed = pack_tiles(owner, arguments, size, feature.shape[0], of_image, newline)
-        if packed is None:
-            raise UnsupportedModel(
-                f"{type(owner).__name__} packs the tiles of an image in a way that its signals "
-                "cannot follow. Use a strategy that reads projected features only."
-            )
-        pooled.append(packed[0])
-        start += packed[1]
-    return pooled
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    config, sizes = owner.config, arguments["image_sizes"]
+    pictures = arguments.get("batch_num_images")
+    # Several pictures of one prompt are left whole (LLaVA-OneVision).
+    whole = [False] * len(features)
+    if pictures is not None:
+        whole = [n > 1 for n in pictures for _ in range(n)]
+    counts = [
+        1
+        if left_whole
+        else image_size_to_num_patches(
+            image_size=size,
+            grid_pinpoints=config.image_grid_pinpoints,
+            patch_size=config.vision_config.image_size,
+        )
+        for size, left_whole in zip(sizes, whole, strict=True)
+    ]
+    accepted = inspect.signature(owner.pack_image_features).parameters
+    packed, _ = owner.pack_image_features(
+        signal[:, signal.shape[1] - _tile(owner) :].split(counts),
+        sizes,
+        image_newline=signal.new_zeros(signal.shape[-1]),
+        **{
+            name: arguments.get(name) or getattr(config, name)
+            for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
+            if name in accepted
+        },
+    )
+    return list(packed)
 
 
 def pooled_frames(
@@ -101,10 +115,6 @@ def merged_patches(modality: str) -> Pool:
         return list(merged.split([feature.shape[0] for feature in features]))
 
     return pool
-
-
-def _following(tiles: Tensor, start: int, count: int) -> Tensor:
-    return tiles[start : start + count]
 
 
 def _tile(owner: Any) -> int:

@@ -181,7 +181,9 @@ class TowerProbe(Uncopyable):
                 raise AttachmentError(
                     f"{name!r} of {[len(signal) for signal in pooled]} tokens, but {modality} "
                     f"features of {[len(feature) for feature in features]}: the tower of {owner} "
-                    "did not see all that came out of it."
+                    "did not see all that came out of it. Stages before or inside the encoder "
+                    "change what it sees: behind them, use strategies that read features or the "
+                    "prompt."
                 )
             for item, signal in zip(items, pooled, strict=True):
                 item[name] = signal
