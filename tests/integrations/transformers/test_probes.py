@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 import tokenreduce as tr
 from support import recorder
+from support.tiny_joint import llm_tokenizer, tiny_clip, tiny_siglip
 from support.tiny_models import (
     CASES,
     IMAGE,
@@ -67,7 +68,9 @@ OFFERED = {
     "qwen2.5-vl": PER_PATCH,
     "qwen3-vl": PER_PATCH,
 }
-#: Clips, not mosaics of tiles.
+#: Mosaics of tiles are no full grids.
+MOSAICS = ("llava-next", "onevision")
+JOINT_ENCODERS = {"llava": tiny_clip, "llava-next": tiny_clip, "onevision": tiny_siglip}
 FAMILIES = ("llava", "llava-next", "onevision", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 BUILD = {**CASES, "llava-dinov2": llava_dinov2}
 
@@ -349,15 +352,19 @@ def signal_strategies() -> list[str]:
 def test_strategies_run_on_every_family_that_offers_their_signals(name: str) -> None:
     case = CASES[name]()
     offered = {*OFFERED[name], "prompt_embeddings"}
+    given: dict[str, Any] = {"processor": llm_tokenizer()}
+    if name in JOINT_ENCODERS:
+        offered |= {"joint_image_embeddings", "joint_text_embeddings"}
+        given["joint_encoder"] = JOINT_ENCODERS[name]()
     ran = []
     for strategy in signal_strategies():
         reducer = tr.create_strategy(strategy, keep_ratio=0.5)
         if not offered.issuperset(reducer.needs):
             with pytest.raises(MissingSignal):
-                tr.attach(case.model, reducer)
+                tr.attach(case.model, reducer, **given)
             continue
-        with tr.attach(case.model, reducer) as run:
-            if name == "llava-next" and reducer.record.needs_grid:
+        with tr.attach(case.model, reducer, **given) as run:
+            if name in MOSAICS and reducer.record.needs_grid:
                 with pytest.raises(TokensError, match=f"{strategy} needs tokens that form a full"):
                     case.model(**case.batch())
                 continue
@@ -366,6 +373,7 @@ def test_strategies_run_on_every_family_that_offers_their_signals(name: str) -> 
         ran.append(strategy)
     assert "greedyprune" in ran
     assert ("fastervlm" in ran) == ("class_attention" in offered)
+    assert ("cdpruner" in ran) == (name in JOINT_ENCODERS)
 
 
 def test_the_generic_adapter_reads_the_prompt_only() -> None:
