@@ -588,8 +588,8 @@ def test_stages_that_cannot_run_are_refused_before_anything_is_touched() -> None
     before = anatomy(case.model)
     with pytest.raises(BudgetError, match="no budget"):
         tr.attach(case.model, tr.create_strategy("norm-topk"))
-    with pytest.raises(UnsupportedSite, match="vision"):
-        tr.attach(case.model, tr.Stage(reducer=UnevenRandom(), site="vision"))
+    with pytest.raises(UnsupportedSite, match="frames"):
+        tr.attach(case.model, tr.Stage(reducer=UnevenRandom(), site="frames"))
     assert anatomy(case.model) == before
 
 
