@@ -12,11 +12,7 @@ import torch
 from torch import nn
 
 from tokenreduce.attachment import Attachment, ItemReduction
-from tokenreduce.errors import (
-    AttachmentError,
-    ReductionError,
-    UnsupportedSite,
-)
+from tokenreduce.errors import ReductionError, UnsupportedSite
 from tokenreduce.plugins import installed
 from tokenreduce.receipt import ItemReceipt, Receipt, notify_observers
 from tokenreduce.reduction import Reduction
@@ -50,11 +46,6 @@ class EncoderAttachment(Uncopyable, Attachment):
     def __init__(self, model: nn.Module, encoder: Any, stages: tuple[Stage, ...]) -> None:
         super().__init__(model, stages)
         self.encoder = encoder
-        if any(isinstance(vars(encoder).get(name), Wrapper) for name in self.entries):
-            raise AttachmentError(
-                f"a pipeline is attached to this {type(model).__name__} already. Detach it first, "
-                "or attach one pipeline with several stages."
-            )
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._check(stages)
         self._stack: BlockStack[DenseWalk] = BlockStack(encoder, stages, self._prefix())

@@ -96,10 +96,12 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
     Args:
         encoder: the module that holds them.
         stages: those at the vision site.
+        prefix: class and register tokens at the beginning of its sequences.
 
     Raises:
         UnsupportedModel: if a stage would have no effect in blocks of this kind.
         MissingSignal: if a strategy needs what blocks of this kind do not give.
+        AttachmentError: if stages are attached to these blocks already.
     """
 
     def __init__(self, encoder: nn.Module, stages: Sequence[Stage], prefix: int) -> None:
@@ -114,6 +116,11 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
                 f"{type(encoder).__name__} runs an attention kernel that takes no additive mask "
                 f"({attentions[0].config._attn_implementation}), which merged tokens need. Load "
                 "the model with attn_implementation='sdpa', or use a strategy that only drops."
+            )
+        if any(isinstance(vars(block).get("forward"), Wrapper) for block in self.blocks):
+            raise AttachmentError(
+                f"a pipeline is attached to this {type(encoder).__name__} already. Detach it "
+                "first, or attach one pipeline with several stages."
             )
         self._handles: list[RemovableHandle] = []
         self._wrappers: list[Wrapper] = []

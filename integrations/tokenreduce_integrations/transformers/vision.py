@@ -302,17 +302,14 @@ class PackedTowerSite(_TowerSite):
     tower_name = "visual"
 
     def __init__(self, owner: Any, stages: Callable[[], tuple[Stage, ...]]) -> None:
-        super().__init__(owner, stages)
-        self._observations: list[Any] = []
-        self._wrappers: list[Wrapper] = []
         from tokenreduce_integrations.transformers.observed_attention import observe
 
-        for block in self._stack.blocks:
-            attention: Any = block.attn
-            if takes_bias(attention):
-                self._observations.append(observe(attention, _segment_mask))
-        for merger in (self._tower.merger, *getattr(self._tower, "deepstack_merger_list", ())):
-            self._wrappers.append(Wrapper(merger, "forward", self._merge))
+        super().__init__(owner, stages)
+        attentions: list[Any] = [block.attn for block in self._stack.blocks]
+        # FlashAttention takes no mask: it serves stages that only drop, which need none.
+        self._observations = [observe(a, _segment_mask) for a in attentions if takes_bias(a)]
+        mergers = (self._tower.merger, *getattr(self._tower, "deepstack_merger_list", ()))
+        self._wrappers = [Wrapper(merger, "forward", self._merge) for merger in mergers]
 
     def detach(self) -> None:
         """See :class:`watch.EncoderSite`."""

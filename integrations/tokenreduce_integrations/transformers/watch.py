@@ -72,7 +72,10 @@ class EncoderSite(Protocol):
     def encode(
         self, modality: str, call: Callable[..., Any], arguments: inspect.BoundArguments
     ) -> Any:
-        """Run an encoding call, ``call(*arguments.args, **arguments.kwargs)`` or one like it."""
+        """Run an encoding call, perhaps with other arguments.
+
+        Pass them by name: transformers adds defaults by name, also of what was given by place.
+        """
         ...
 
     def outcomes(self, layouts: Sequence[Layout]) -> list[ItemOutcome] | None:

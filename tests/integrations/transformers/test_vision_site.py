@@ -34,6 +34,7 @@ from tokenreduce.errors import (
     UnsupportedModel,
     UnsupportedSite,
 )
+from tokenreduce.plugins import installed
 
 STEPS = 4
 
@@ -345,13 +346,46 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_hidden_states_keep_their_shape() -> None:
     case = llava()
-    tower, pixels = case.model.model.vision_tower, case.inputs["pixel_values"]
+    pixels = case.inputs["pixel_values"]
     with tr.attach(case.model, inside(MatchesKeys(keep=6))), torch.no_grad():
         out = case.model.model.get_image_features(pixels, output_hidden_states=True)
     assert [h.shape[1] for h in out.hidden_states] == [17] * 4
     assert len(out.hidden_states[2][0, 1:].unique(dim=0)) == 6
-    with torch.no_grad():
-        assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "internvl", "qwen3-vl"])
+def test_registered_strategies(name: str) -> None:
+    strategies = [n for n, r in installed().strategies.items() if "vision" in r.sites]
+    assert "tome" in strategies
+    for strategy in strategies:
+        case = TOWERS[name]()
+        reducer = tr.create_strategy(strategy, keep_ratio=0.5)
+        with tr.attach(case.model, inside(reducer)) as run:
+            logits(case)
+            assert run.receipt.ratio < 0.6
+
+
+def test_a_compiled_tower_is_followed() -> None:
+    case = llava()
+    stage = inside(MatchesKeys(keep=6))
+    with tr.attach(case.model, stage):
+        expected = logits(case)
+    case.model.model.vision_tower.compile(backend="eager")
+    stock = logits(case)
+    with tr.attach(case.model, stage) as run:
+        assert (logits(case) - expected).abs().max() < 1e-5
+        assert run.receipt.tokens_out == 12
+    assert torch.equal(logits(case), stock)
+    torch.compiler.reset()
+
+
+def test_a_tower_takes_one_pipeline() -> None:
+    case = llava()
+    with (
+        tr.attach(case.model, inside(MatchesKeys(keep=6))),
+        pytest.raises(AttachmentError, match="already"),
+    ):
+        tr.attach(case.model.model.vision_tower, inside(MatchesKeys(keep=6)))
 
 
 class Unknown(torch.nn.Module):
