@@ -161,7 +161,11 @@ def expected(name: str, case: Case) -> dict[str, list[Tensor]]:
     if name.startswith("llava") and name != "llava-next":
         return {signal: list(rows) for signal, rows in patches.items()}
     if name == "internvl":
-        return {signal: [halved(row) for row in rows] for signal, rows in patches.items()}
+        tiles = [1 + item.coords[-1][0] for item in case.items]
+        return {
+            signal: [torch.cat([halved(tile) for tile in image]) for image in rows.split(tiles)]
+            for signal, rows in patches.items()
+        }
     images = {
         signal: [in_mosaic(case.items[0], rows[:5]), in_mosaic(case.items[1], rows[5:])]
         for signal, rows in patches.items()

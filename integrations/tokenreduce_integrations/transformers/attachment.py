@@ -203,13 +203,11 @@ class TransformersAttachment(Uncopyable, Attachment):
         if not sites:
             return None
         [site] = sites
-        offered = self.family.probe.offers(owner) if self.family.probe else frozenset[str]()
-        read = offered.intersection(self._needs)
-        if site == "frames" and read:
+        if site == "frames" and self._encoder_needs:
             raise UnsupportedSite(
-                f"a stage at the site 'frames', and one that reads {', '.join(sorted(read))} of "
-                "the encoder, which would see some frames only. After choosing frames, use a "
-                "strategy that reads projected features."
+                "a stage at the site 'frames', and one that reads "
+                f"{', '.join(self._encoder_needs)} of the encoder, which would see some frames "
+                "only. After choosing frames, use a strategy that reads projected features."
             )
         return self.family.encoder_sites[site](owner, lambda: self._stages_at(site))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,9 +23,6 @@ from tokenreduce.errors import (
     StageNotEngaged,
     UnsupportedSite,
 )
-from tokenreduce_integrations.transformers import families
-from tokenreduce_integrations.transformers.attachment import TransformersAttachment
-from tokenreduce_integrations.transformers.probes import PatchTowerProbe
 
 STEPS = 4
 SIDE = 8
@@ -499,13 +496,5 @@ def test_strategies_that_read_the_encoder_are_refused() -> None:
     model = onevision().model
     with pytest.raises(MissingSignal):
         tr.attach(model, frames(Attentive()))
-    # A family whose clips have signals: those of chosen frames would be taken for those of all.
-    stages = (frames(UnevenRandom()), tr.Stage(reducer=Attentive()))
     with pytest.raises(UnsupportedSite, match="some frames only"):
-        TransformersAttachment(
-            model,
-            stages,
-            family=replace(families.LLAVA_ONEVISION, probe=PatchTowerProbe),
-            decoder=model.model.language_model,
-            owner=model.model,
-        )
+        tr.attach(model, [frames(UnevenRandom()), Attentive()])

@@ -160,13 +160,13 @@ def test_beams_and_features_encoded_once_keep_their_tiles() -> None:
 def test_the_layout_of_a_size_is_asked_for_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]()
     asked = []
-    stock = layouts.pack_tiles
+    stock = layouts._newlines
 
     def counting(*args: Any) -> Any:
-        asked.append(args[2])
+        asked.append(args[1])
         return stock(*args)
 
-    monkeypatch.setattr(layouts, "pack_tiles", counting)
+    monkeypatch.setattr(layouts, "_newlines", counting)
     with tr.attach(case.model, tr.create_strategy("uniform", keep=3)):
         for _ in range(3):
             logits(case)

@@ -69,7 +69,7 @@ OFFERED = {
     "qwen3-vl": PER_PATCH,
 }
 #: Mosaics of tiles are no full grids.
-MOSAICS = ("llava-next", "onevision")
+MOSAICS = ("llava-next", "onevision", "internvl")
 JOINT_ENCODERS = {"llava": tiny_clip, "llava-next": tiny_clip, "onevision": tiny_siglip}
 FAMILIES = ("llava", "llava-next", "onevision", "internvl", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 BUILD = {**CASES, "llava-dinov2": llava_dinov2}
