@@ -69,9 +69,7 @@ def packed_tiles(
         key = (*size, count, *settings.values())
         if key not in known:
             newline = _newlines(owner, sizes[index : index + 1], side, count, settings)
-            known[key] = (
-                Layout.line(count) if newline is None else _mosaic_layout(side, newline)
-            )
+            known[key] = Layout.line(count) if newline is None else _mosaic_layout(side, newline)
         layouts.append(known[key])
     return layouts
 
