@@ -5,6 +5,7 @@ Sequences hold what is left of units; ``groups`` lists the units that each stand
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
 import tokenreduce as tr
-from support.tiny_models import Case
+from support.tiny_models import Case, Item
 
 
 @dataclass
@@ -205,6 +206,22 @@ def told(
     return torch.tensor(kept), features, deepstack or []
 
 
+def tiles(item: Item) -> int:
+    return 1 + max(block for block, *_ in item.coords)
+
+
+def joined(answers: list[Any], counts: list[int]) -> list[Any]:
+    """Answers for images, from those for their tiles."""
+    images, rest = [], iter(answers)
+    for count in counts:
+        stocks, answered = zip(*itertools.islice(rest, count), strict=True)
+        starts = itertools.accumulate(map(len, stocks), initial=0)
+        kept = [places + start for (places, _, _), start in zip(answered, starts, strict=False)]
+        features = torch.cat([features for _, features, _ in answered])
+        images.append((torch.cat(stocks), (torch.cat(kept), features, [])))
+    return images
+
+
 class TowerOracle:
     """Answers like a reducer for each visual item of a case, whose tokens it knows by heart.
 
@@ -219,6 +236,8 @@ class TowerOracle:
         self.model = case.model.model
         with torch.no_grad():
             self.answers = [*self._items(case.inputs, "image"), *self._items(case.inputs, "video")]
+        if type(self.model).__name__ == "InternVLModel":
+            self.answers = joined(self.answers, [tiles(item) for item in case.items])
 
     def __call__(self, tokens: tr.VisualTokens) -> Told:
         for stock, (kept, features, deepstack) in self.answers:
