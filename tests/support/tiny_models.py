@@ -99,6 +99,12 @@ def pad(rows: list[list[int]], side: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing, whose method was renamed within 5.x."""
+    current = getattr(model, "activation_checkpointing_enable", None)
+    (current or model.gradient_checkpointing_enable)()
+
+
 def lively(model: Any) -> Any:
     """Random weights of a scale that makes every token matter, and no placeholder is predicted."""
     generator = torch.Generator().manual_seed(0)

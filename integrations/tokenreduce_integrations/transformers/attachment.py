@@ -224,6 +224,9 @@ class TransformersAttachment(Uncopyable, Attachment):
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._under_way.call = None
+        if self._depth is not None:
+            # What an interrupted call left: Ctrl-C skips the hook after the decoder.
+            self._depth.end()
         visual = self._watch.take()
         if visual is not None and self.enabled and self.regions:
             visual = self._with_regions(visual)

@@ -24,6 +24,7 @@ from support.tiny_models import (
     TEXT,
     VIDEO,
     Case,
+    enable_checkpointing,
     lively,
     llava,
     words,
@@ -241,12 +242,6 @@ def test_static_cache_and_prompt_lookup(name: str) -> None:
         alone = reference.greedy(single, reducer, STEPS)[0]
         with tr.attach(case.model, reducer):
             assert torch.equal(generate(single, prompt_lookup_num_tokens=3)[0], alone)
-
-
-def enable_checkpointing(model: Any) -> None:
-    """The library renamed this method within 5.x."""
-    current = getattr(model, "activation_checkpointing_enable", None)
-    (current or model.gradient_checkpointing_enable)()
 
 
 def test_gradients_flow_and_checkpointing_gives_the_same() -> None:

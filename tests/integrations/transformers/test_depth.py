@@ -15,7 +15,17 @@ from torch import Tensor
 import tokenreduce as tr
 from support import depth_reference, reference
 from support.reducers import EveryOther
-from support.tiny_models import CASES, CLIP, IMAGE, TEXT, Case, lively, llava, words
+from support.tiny_models import (
+    CASES,
+    CLIP,
+    IMAGE,
+    TEXT,
+    Case,
+    enable_checkpointing,
+    lively,
+    llava,
+    words,
+)
 from tokenreduce.errors import (
     AttachmentError,
     BudgetError,
@@ -293,7 +303,7 @@ def test_gradients_flow_through_what_stays() -> None:
 
     with tr.attach(model, STAGES["merging"]):
         loss, plain = gradients()
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
         again, checkpointed = gradients()
     assert loss == pytest.approx(again, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, checkpointed, strict=True))

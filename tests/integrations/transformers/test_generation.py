@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tokenreduce as tr
 from support import reference
-from support.reducers import UnevenRandom
+from support.reducers import EveryOther, UnevenRandom
 from support.tiny_models import (
     CASES,
     IMAGE,
@@ -40,6 +40,17 @@ from tokenreduce_integrations import testbed
 
 STEPS = 6
 REDUCER = UnevenRandom()
+BETWEEN_LAYERS = tr.Stage(reducer=EveryOther(), site="decoder", schedule={1: 0.5, 3: 0.25})
+PIPELINES = {
+    "projector": [REDUCER],
+    "decoder": [BETWEEN_LAYERS],
+    "both": [REDUCER, BETWEEN_LAYERS],
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def stages(request: pytest.FixtureRequest) -> Any:
+    return PIPELINES[request.param]
 
 
 def new_ids(case: Case, **options: Any) -> torch.Tensor:
@@ -168,13 +179,16 @@ def text_model(vocabulary: int = VOCABULARY) -> Any:
 
 
 @pytest.mark.parametrize("assistant", ["text-only", "multimodal", "reduced", "itself"])
-def test_an_assistant_changes_nothing(one: Case, assistant: str) -> None:
-    expected = over_shorter_embeddings(one, max_new_tokens=12)
+def test_an_assistant_changes_nothing(one: Case, assistant: str, stages: Any) -> None:
     twin = copy.deepcopy(one.model)
     model = {"text-only": text_model(), "itself": one.model}.get(assistant, twin)
-    with tr.attach(one.model, REDUCER) as run:
+    with tr.attach(one.model, stages) as run:
+        expected = new_ids(one, max_new_tokens=12)
+        if stages == [REDUCER]:
+            with run.disabled():
+                assert torch.equal(over_shorter_embeddings(one, max_new_tokens=12), expected)
         if assistant == "reduced":
-            run = tr.attach(twin, REDUCER)
+            run = tr.attach(twin, stages)
         ids = new_ids(one, assistant_model=model, max_new_tokens=12)
     run.detach()
     assert torch.equal(ids, expected)
@@ -450,10 +464,10 @@ class Interrupt:
         raise KeyboardInterrupt
 
 
-def test_an_interrupted_step_leaves_a_cache_that_tells_its_length(one: Case) -> None:
+def test_an_interrupted_step_leaves_a_cache_that_tells_its_length(one: Case, stages: Any) -> None:
     length = one.inputs["input_ids"].shape[1]
     token = torch.tensor([[30]])
-    with tr.attach(one.model, REDUCER), torch.no_grad():
+    with tr.attach(one.model, stages), torch.no_grad():
         expected = one.model(input_ids=token, past_key_values=prefilled(one)).logits
         cache = prefilled(one)
         Interrupt(one, layer=0)
@@ -464,6 +478,20 @@ def test_an_interrupted_step_leaves_a_cache_that_tells_its_length(one: Case) -> 
         assert torch.equal(again.logits, expected)
         assert again.past_key_values is cache
         assert cache.get_seq_length() == length + 1
+
+
+def test_an_interrupted_prefill_does_not_disturb_what_comes_after(one: Case, stages: Any) -> None:
+    text = torch.tensor([words(5, 3)])
+    with torch.no_grad():
+        expected = one.model(input_ids=text).logits
+    with tr.attach(one.model, stages), torch.no_grad():
+        answer = new_ids(one)
+        for layer in (0, 2):
+            Interrupt(one, layer)
+            with pytest.raises(KeyboardInterrupt):
+                one.model(**one.batch())
+            assert torch.equal(one.model(input_ids=text).logits, expected)
+            assert torch.equal(new_ids(one), answer)
 
 
 def test_an_interrupted_prefill_leaves_a_cache_that_tells_its_length(one: Case) -> None:
@@ -479,12 +507,12 @@ def test_an_interrupted_prefill_leaves_a_cache_that_tells_its_length(one: Case) 
         one.model(input_ids=torch.tensor([[30]]), past_key_values=cache)
 
 
-def test_a_cache_can_be_cropped_to_where_visual_tokens_end(one: Case) -> None:
+def test_a_cache_can_be_cropped_to_where_visual_tokens_end(one: Case, stages: Any) -> None:
     ids = one.inputs["input_ids"]
     end = int((ids[0] == IMAGE).nonzero()[-1]) + 1
     after = ids.shape[1] - end
     question = torch.tensor([words(4, 11)])
-    with tr.attach(one.model, REDUCER), torch.no_grad():
+    with tr.attach(one.model, stages), torch.no_grad():
         short = {name: value[:, :end] for name, value in one.inputs.items() if value.ndim == 2}
         beginning = one.model(**one.batch() | short, use_cache=True).past_key_values
         expected = one.model(input_ids=question, past_key_values=beginning).logits
@@ -496,8 +524,8 @@ def test_a_cache_can_be_cropped_to_where_visual_tokens_end(one: Case) -> None:
         assert (logits - expected).abs().max() < 1e-5
 
 
-def test_a_cache_cannot_be_cropped_inside_visual_tokens(one: Case) -> None:
-    with tr.attach(one.model, REDUCER):
+def test_a_cache_cannot_be_cropped_inside_visual_tokens(one: Case, stages: Any) -> None:
+    with tr.attach(one.model, stages):
         cache = prefilled(one)
         length = cache.get_seq_length()
         held = cache.held_length()
