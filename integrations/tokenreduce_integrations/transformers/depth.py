@@ -251,6 +251,11 @@ class _UnderWay(threading.local):
         self.run: DepthRun | None = None
 
 
+def replays_hooks(layer: nn.Module) -> bool:
+    """Whether activation checkpointing of a layer covers its hooks, not its forward alone."""
+    return type(layer).__call__ is not nn.Module.__call__
+
+
 class DecoderSite(Uncopyable):
     """Hooks before the layers of a decoder, from the first cut on.
 
@@ -295,7 +300,19 @@ class DecoderSite(Uncopyable):
         return all(layer >= self._first for layer in layers)
 
     def begin(self, run: DepthRun) -> None:
-        """The decoder is about to run."""
+        """The decoder is about to run.
+
+        Raises:
+            UnsupportedSite: if its layers will run once more, hooks and all, in the backward pass.
+        """
+        layer = self._decoder.layers[0]
+        checkpointing = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if checkpointing and replays_hooks(layer):
+            raise UnsupportedSite(
+                "activation checkpointing and stages at the decoder site: this release of "
+                "transformers runs the layers' hooks again in the backward pass. Upgrade to "
+                "transformers 5.23 or newer, switch checkpointing off, or use the projector site."
+            )
         self._under_way.run = run
 
     def end(self) -> DepthRun | None:
