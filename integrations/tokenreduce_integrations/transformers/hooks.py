@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import nn
 
 from tokenreduce.errors import AttachmentError
 
@@ -55,4 +56,17 @@ def restore_methods(owner: Any, wrapped: Mapping[str, tuple[object, object]]) ->
             f"cannot restore {', '.join(buried)} of {type(owner).__name__}: something else "
             "replaced it after the pipeline was attached. Undo that first; detach in the reverse "
             "order of attaching."
+        )
+
+
+def require_in_place(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Check that a module that is listened to has not been wrapped since, as PEFT adapters do.
+
+    Raises:
+        AttachmentError: if it has: what it says is no longer all of what its parent hears.
+    """
+    if getattr(parent, name) is not module:
+        raise AttachmentError(
+            f"{name} of {type(parent).__name__} was replaced or wrapped (by PEFT adapters?) after "
+            "the pipeline was attached, which reads a signal from it. Detach and attach again."
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenreduce.errors import MissingSignal
+from tokenreduce_integrations.transformers.hooks import require_in_place
 from tokenreduce_integrations.transformers.observed_attention import observe
 
 _OBSERVED = frozenset(
@@ -183,18 +184,19 @@ class RowProbe:
     def _watch_projection(self, attention: Any, part: str) -> RemovableHandle:
         """Catch queries or keys before rotary positions; after their norm, where they have one."""
         names = (f"{part}_norm", f"{part}_proj")
-        module = next((getattr(attention, n) for n in names if hasattr(attention, n)), None)
-        if module is None:
+        name = next((n for n in names if hasattr(attention, n)), None)
+        if name is None:
             raise MissingSignal(
                 f"{type(attention).__name__} has no {part}_proj: attention without rotary "
                 "positions cannot be read from fused projections."
             )
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._wanted():
+                require_in_place(attention, name, module)
                 self._caught.projected[part] = output.detach()
 
-        handle: RemovableHandle = module.register_forward_hook(hook)
+        handle: RemovableHandle = getattr(attention, name).register_forward_hook(hook)
         return handle
 
     def _observed(self) -> Observed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,51 @@ def test_saving_while_attached_saves_what_is_saved_otherwise(tmp_path: Path) -> 
             assert torch.equal(load_file(attached / weights.name)[name], tensor)
         for path in plain.glob("*.json"):
             assert path.read_text() == (attached / path.name).read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrotated(tr.Scorer):
+    """Keeps what is attended to before rotary positions."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("unrotated_attention",)
+
+    def score(self, tokens: tr.VisualTokens) -> torch.Tensor:
+        return tokens.signal("unrotated_attention")
+
+
+def adapters_of(where: str) -> peft.LoraConfig:
+    modules = rf".*{where}.*(q_proj|k_proj)"
+    return peft.LoraConfig(target_modules=modules, init_lora_weights=False)
+
+
+@PEFT_WARNS
+def test_attention_of_the_encoder_is_read_with_its_adapters() -> None:
+    kept = []
+    for attach_first in (True, False):
+        case = llava()
+        if not attach_first:
+            adapted(case, adapters_of("vision_tower"))
+        with tr.attach(case.model, tr.create_strategy("fastervlm", keep=4)) as run:
+            if attach_first:
+                adapted(case, adapters_of("vision_tower"))
+            logits(case)
+            kept.append([item.kept.tolist() for item in run.reductions])
+    assert kept[0] == kept[1]
+
+
+@PEFT_WARNS
+def test_adapters_on_a_projection_that_is_listened_to_come_before_attaching() -> None:
+    case = llava()
+    stage = tr.Stage(reducer=Unrotated(keep_ratio=0.5), site="decoder", layer=1)
+    with tr.attach(case.model, stage):
+        wrapped = adapted(case, adapters_of("language_model"))
+        with pytest.raises(AttachmentError, match=r"_proj of .* was replaced"):
+            logits(case, wrapped)
+    with tr.attach(wrapped, stage) as run:
+        logits(case, wrapped)
+        assert run.receipt.tokens_out < run.receipt.tokens_in
 
 
 @PEFT_WARNS
