@@ -144,8 +144,8 @@ class DenseWalk:
                 f"{type(block.block).__name__} gave {type(output).__name__} in place of hidden "
                 "states: stages inside it are not supported."
             )
-        with self.stopwatch.running(output.device):
-            for cut in cuts:
+        for cut in cuts:
+            with self.stopwatch.running(output.device):
                 output = self._cut(output, cut, block.attention)
         self._caught = {}
         if self._trail is None or block.index not in self._exposed:
@@ -156,6 +156,10 @@ class DenseWalk:
     def catch(self, name: str, output: Tensor) -> None:
         """Keep queries or keys of the block under way."""
         self._caught[name] = output
+
+    def release(self) -> None:
+        """Let go of features when the encoding is over."""
+        self._caught, self._shorter, self._shown, self._bias = {}, None, None, None
 
     def attention_mask(self, hidden: Tensor, attention: Any) -> Tensor | None:
         """``(B, 1, 1, S)`` additive: log sizes of merged tokens, and what pads unequal sequences.

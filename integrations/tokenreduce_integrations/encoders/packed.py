@@ -97,8 +97,8 @@ class PackedWalk:
             hidden = self._enter(hidden)
             arguments = self._follow(arguments, hidden, block.attention)
         output: Tensor = block.forward(hidden, **arguments)
-        with self.stopwatch.running(output.device):
-            for cut in cuts:
+        for cut in cuts:
+            with self.stopwatch.running(output.device):
                 output = self._cut(output, cut, block.attention)
         self._keys = None
         if self._trail is None or block.index not in self._exposed:
@@ -109,6 +109,11 @@ class PackedWalk:
     def catch(self, name: str, output: Tensor) -> None:
         """Keep the fused projection of the block under way."""
         self._keys = output
+
+    def release(self) -> None:
+        """Let go of features when the encoding is over."""
+        self._keys = self._shorter = self._shown = self._sizes = None
+        self._bounds, self._rotary = {}, {}
 
     def merge(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run what packs units for the LLM on those that are left, and fill up its output."""

@@ -52,11 +52,11 @@ def check_stages(stages: Sequence[Stage], depth: int, encoder: str) -> None:
                 f"depend on its first {depth} blocks only, so the cut would have no effect. Use a "
                 f"block from 1 to {depth}."
             )
-        if blocks[0] < before or (blocks[0] == before and len(blocks) > 1):
+        if blocks[0] <= before:
             raise PipelineError(
                 f"stage {name!r} begins after block {blocks[0]}, where the stage before it has not "
                 f"ended (block {before}). Stages inside the encoder follow one another: give each "
-                "its own layer or schedule."
+                "its own layer or schedule, or run both at one block with chain(...)."
             )
         before = blocks[-1]
         if stage.total is not None:

@@ -78,6 +78,10 @@ class Walk(Protocol):
         """Keep queries or keys of the block under way."""
         ...
 
+    def release(self) -> None:
+        """Let go of features when the encoding is over."""
+        ...
+
 
 AnyWalk = TypeVar("AnyWalk", bound=Walk)
 
@@ -146,6 +150,7 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
             yield walk
         finally:
             self._under_way.walk = before
+            walk.release()
 
     @property
     def walk(self) -> AnyWalk | None:
@@ -177,11 +182,11 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
         if walk is None:
             return call(*args, **kwargs)
         self._check_checkpointing(block)
-        arguments = signature.bind(block, *args, **kwargs).arguments
-        further = arguments.pop("kwargs", {})
-        _, hidden, *_ = arguments.values()
-        named = {**dict(list(arguments.items())[2:]), **further}
-        return walk.run(BlockCall(index, block, attention, self.kind.mask, call), hidden, named)
+        named = dict(signature.bind(block, *args, **kwargs).arguments)
+        named.update(named.pop("kwargs", {}))
+        _, (_, hidden), *further = named.items()  # the block itself comes first
+        called = BlockCall(index, block, attention, self.kind.mask, call)
+        return walk.run(called, hidden, dict(further))
 
     def _check_checkpointing(self, block: Any) -> None:
         """Refuse what would run hooks a second time, outside of the encoding."""
