@@ -12,6 +12,7 @@ CostClass = Literal[
     "score",
     "neighbor",
     "bipartite",
+    "graph",
     "greedy",
     "coverage",
     "removal",
@@ -28,11 +29,25 @@ COST_MEANING: dict[str, str] = {
     "score": "one pass over the features, then top-k",
     "neighbor": "one nearest-neighbour search",
     "bipartite": "bipartite matching: a quarter of the Gram matrix a round",
+    "graph": "products of all pairs, and passes over that matrix",
     "greedy": "greedy selection with running distances, k steps over N tokens",
     "coverage": "greedy coverage, k steps over an N x N matrix",
     "removal": "iterative removal, several rounds over what remains",
     "decomposition": "a singular value decomposition of the tokens",
     "per_frame": "the same work for each frame, linear in frames",
+}
+
+#: The most that a class may cost, in products of the features with themselves (N x N x D), at 2304
+#: tokens of 1024 channels of which an eighth is kept. Without a limit: what is linear in frames.
+COST_LIMIT: dict[str, float] = {
+    "score": 0.1,
+    "neighbor": 0.6,
+    "bipartite": 0.6,
+    "graph": 4.0,
+    "greedy": 1.3,
+    "coverage": 3.0,
+    "removal": 4.0,
+    "decomposition": 4.0,
 }
 
 

@@ -13,7 +13,7 @@ def register_strategies(register: Register) -> None:
         summary="Merges along time, groups around representatives, drops what says least.",
         sites=("projector", "decoder"),
         kind="merge",
-        cost="neighbor",
+        cost="graph",
         parity="none",
         paper="2501.17391",
     )
@@ -145,7 +145,7 @@ def register_strategies(register: Register) -> None:
         f"{here}.gprune:GPrune",
         summary="Keeps tokens in which information gathers on a graph of similar tokens.",
         kind="prune",
-        cost="neighbor",
+        cost="graph",
         parity="official",
         paper="2501.02268",
     )
@@ -192,7 +192,7 @@ def register_strategies(register: Register) -> None:
         f"{here}.otprune:OTPrune",
         summary="Keeps tokens distributed like all of them: greedy log-determinant.",
         kind="prune",
-        cost="greedy",
+        cost="graph",
         parity="description",
         paper="2602.20205",
     )
@@ -252,7 +252,7 @@ def register_strategies(register: Register) -> None:
         f"{here}.density_peak_grouping:DensityPeakGrouping",
         summary="Merges groups of tokens around density peaks.",
         kind="merge",
-        cost="neighbor",
+        cost="graph",
         parity="none",
     )
     register(
@@ -296,7 +296,7 @@ def register_strategies(register: Register) -> None:
         summary="Merges tokens that have many alike, protects those that have few.",
         sites=("vision", "projector"),
         kind="merge",
-        cost="greedy",
+        cost="graph",
         uses=("keys",),
         parity="description",
         paper="2405.16148",
@@ -374,7 +374,7 @@ def register_strategies(register: Register) -> None:
         sites=("decoder",),
         kind="merge",
         count="adaptive",
-        cost="greedy",
+        cost="graph",
         needs=("decoder_keys",),
         parity="description",
         paper="2504.08966",

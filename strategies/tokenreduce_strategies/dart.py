@@ -45,6 +45,7 @@ from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import first_argmax, gather_tokens, top_k_indices, unit_vectors
 from tokenreduce.ops.quotas import kept_indices
+from tokenreduce.ops.similarity import SMALLEST_NORM
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
@@ -72,7 +73,10 @@ def add_least_similar(
         shares: how many tokens each pivot adds; there are as many left.
         kept: ``(B, N)`` booleans, the tokens kept before.
     """
-    cosine = unit_vectors(pivots) @ unit_vectors(states).mT
+    states = states.float()
+    # Dividing the products instead of the states saves a copy of them.
+    length = states.norm(dim=2).clamp(min=SMALLEST_NORM)
+    cosine = (unit_vectors(pivots) @ states.mT) / length[:, None]
     for turn, share in enumerate(shares):
         unlike = (-cosine[:, turn]).masked_fill(kept, -torch.inf)
         kept = kept.scatter(1, top_k_indices(unlike, share, scale=1.0), True)

@@ -110,6 +110,6 @@ class GPrune(Scorer):
         least = self.similarity - TIE_TOLERANCE
         degree = (cosine > least).sum(2, dtype=torch.int32)
         # The largest cosine of a row is its own, 1, so that the softmax does not overflow.
-        weight = torch.threshold(cosine, least, -torch.inf)
+        weight = torch.nn.functional.threshold(cosine, least, -torch.inf, inplace=True)
         weight = weight.sub_(1).div_(self.temperature).exp_()
         return weight, weight.sum(2).clamp(min=torch.finfo(torch.float32).tiny), degree

@@ -110,14 +110,22 @@ class MMTok(Selector):
             # Numerators of the softmax; symmetric, so that a row serves as a column.
             return (some @ own.mT).sub_(1).div_(self.image_temperature).exp_()
 
-        held = likeness(own) if n <= GRAM_LIMIT else None
-        parts = (held,) if held is not None else map(likeness, own.split(ROWS, dim=1))
-        total = torch.cat([part.sum(2) for part in parts], dim=1)
-        share = (self.alpha / n) / total
+        # Row j of the table: how much token j covers each token, then each word.
+        table = own.new_empty(batch, n if n <= GRAM_LIMIT else 0, n + text.shape[1])
+        total = own.new_empty(batch, n)
+        for start in range(0, n, ROWS):
+            tile = likeness(own[:, start : start + ROWS])
+            total[:, start : start + ROWS] = tile.sum(2)
+            table[:, start : start + ROWS, :n] = tile[:, : table.shape[1]]
+        share = (self.alpha / n / total)[:, None]
+        table[..., :n] *= share
+        table[..., n:] = words[:, : table.shape[1]]
 
         def cover(ask: Tensor) -> Tensor:
-            alike = likeness(gather_tokens(own, ask)) if held is None else held[items, ask]
-            return torch.cat([gather_tokens(words, ask), alike * share[:, None]], dim=2)
+            if table.shape[1]:
+                return table[items, ask]
+            alike = likeness(gather_tokens(own, ask)) * share
+            return torch.cat([alike, gather_tokens(words, ask)], dim=2)
 
         # The rows sum to 1 + alpha over all tokens; times N, the gains are of order 1.
         return greedy_coverage(cover, k, weight=torch.full_like(total, n))

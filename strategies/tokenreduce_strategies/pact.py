@@ -137,9 +137,9 @@ class PACT(Reducer):
         """For one item: the group of each token, and where the groups stand."""
         distance = (unit @ unit.mT).neg_().add_(1).clamp_(min=0).fill_diagonal_(0)
         centres = bounded_centres(distance, candidates, self.radius, k).sort().values
-        to_centres = distance[:, centres]
-        groups = first_argmax(-to_centres, scale=1.0)
+        nearness = distance[:, centres].neg_()
+        groups = first_argmax(nearness, scale=1.0)
         reach = REACH * self.radius + TIE_TOLERANCE
-        groups = torch.where(to_centres.amin(1) <= reach, groups, DROPPED)
+        groups = torch.where(nearness.amax(1) >= -reach, groups, DROPPED)
         own = torch.arange(len(centres), device=unit.device)
         return groups.index_copy(0, centres, own), centres

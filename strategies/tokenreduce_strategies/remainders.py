@@ -90,9 +90,14 @@ def keep_with_remainder(tokens: VisualTokens, kept: Tensor, edges: MergeWeights)
     wide = tokens.features if tokens.features.dtype == torch.float64 else tokens.features.float()
     rest = edges.value[:, None, m : m + n].to(wide.dtype) @ wide
     own = MergeWeights(*(torch.cat([part[:, :m], part[:, m + n :]], dim=1) for part in edges))
-    features = torch.cat(
-        [merge_tokens(tokens.features, own, m), rest.to(tokens.features.dtype)], dim=1
-    )
+    if own.output.shape[1] > m:
+        # So are outputs of many tokens each.
+        dense = wide.new_zeros(tokens.batch, m * n)
+        dense.scatter_add_(1, own.output * n + own.source, own.value.to(wide.dtype))
+        made = (dense.unflatten(1, (m, n)) @ wide).to(tokens.features.dtype)
+    else:
+        made = merge_tokens(tokens.features, own, m)
+    features = torch.cat([made, rest.to(tokens.features.dtype)], dim=1)
     return Reduction(
         features=gather_tokens(features, order),
         positions=stands.gather(1, order),

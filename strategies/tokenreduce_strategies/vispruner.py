@@ -91,18 +91,19 @@ class VisPruner(Selector):
         if important == k:
             return kept
         order = attention.scatter(1, kept, torch.inf).argsort(dim=1, descending=True, stable=True)
-        unit = unit_vectors(tokens.features.detach())
+        features = tokens.features.detach()
         # As many items at once as fit into one Gram matrix of the largest size.
         together = max(1, GRAM_LIMIT**2 // tokens.count**2)
-        parts = zip(unit.split(together), order[:, important:].split(together), strict=True)
+        parts = zip(features.split(together), order[:, important:].split(together), strict=True)
         thinned = [self._thin(part, rest, k - important) for part, rest in parts]
         return torch.cat([kept, torch.cat(thinned)], dim=1)
 
-    def _thin(self, unit: Tensor, listed: Tensor, k: int) -> Tensor:
+    def _thin(self, features: Tensor, listed: Tensor, k: int) -> Tensor:
         """The ``k`` tokens that are left of those listed, ``(b, n)`` by falling attention."""
-        item = torch.arange(unit.shape[0], device=unit.device)[:, None]
-        part = unit[item, listed]
-        gram = part @ part.mT
+        item = torch.arange(features.shape[0], device=features.device)[:, None]
+        unit = unit_vectors(features[item, listed])
+        gram = unit @ unit.mT
+        del unit
         while (count := listed.shape[1]) > k:
             left = self._rounds(gram, k, until=max(k, count // 2))
             listed = listed.gather(1, left)

@@ -15,6 +15,8 @@ DUPLICATE = 4e-6
 DENSITY_TOLERANCE = 1e-6
 #: Entries of the distance matrices held at a time: 16 Mi float32 values, 64 MiB.
 TILE_ENTRIES = 1 << 24
+#: Entries that are worked on at a time: 512 Ki float32 values, 2 MiB, which fit the cache.
+CACHED_ENTRIES = 1 << 19
 
 
 class DensityPeaks(NamedTuple):
@@ -74,37 +76,60 @@ def density_peaks(
 def _cluster(
     features: Tensor, clusters: Tensor, takes_part: Tensor, neighbors: int
 ) -> tuple[Tensor, Tensor]:
-    n = features.shape[1]
-    distance = _distances(features).masked_fill(~takes_part[:, None], torch.inf)
-    q = torch.minimum(clusters, takes_part.sum(1)).clamp(1, neighbors)[:, None, None]
-    nearest = distance.topk(min(neighbors, n), dim=2, largest=False).values.square()
-    rank = torch.arange(nearest.shape[2], device=features.device)
-    density = (-nearest.masked_fill(rank >= q, 0).sum(2) / q[:, 0]).exp()
-    density = density.masked_fill(~takes_part, -1)
+    batch, n, _ = features.shape
+    distance = _distances(features)
+    rows = max(1, CACHED_ENTRIES // (batch * n))
+    tiles = distance.split(rows, dim=1)
     index = torch.arange(n, device=features.device)
-    ahead = density[:, None] - density[..., None]
-    denser = (ahead > DENSITY_TOLERANCE) | (
-        (ahead.abs() <= DENSITY_TOLERANCE) & (index < index[:, None])
+    out = ~takes_part
+    q = torch.minimum(clusters, takes_part.sum(1)).clamp(1, neighbors)[:, None, None]
+    rank = torch.arange(min(neighbors, n), device=features.device)
+    nearest, farthest = [], []
+    for tile in tiles:
+        farthest.append(tile.masked_fill(out[:, None], 0).amax(2))
+        tile.masked_fill_(out[:, None], torch.inf)
+        closest = tile.topk(len(rank), dim=2, largest=False).values.square()
+        nearest.append(closest.masked_fill(rank >= q, 0).sum(2))
+    density = (-torch.cat(nearest, dim=1) / q[:, 0]).exp().masked_fill(out, -1)
+    largest = torch.cat(farthest, dim=1).masked_fill(out, 0).amax(1, keepdim=True)
+    apart = torch.cat(
+        [
+            torch.where(_denser(density, own), tile, torch.inf).amin(2)
+            for tile, own in zip(tiles, index.split(rows), strict=True)
+        ],
+        dim=1,
     )
-    both = takes_part[:, None] & takes_part[..., None]
-    largest = distance.masked_fill(~both, 0).amax((1, 2))[:, None]
-    apart = torch.where(denser, distance, torch.inf).amin(2)
-    score = (density * torch.where(apart.isinf(), largest, apart)).masked_fill(
-        ~takes_part, -torch.inf
-    )
-    centres = top_mask(score, clusters, scale=largest)
-    distance.masked_fill_(~centres[:, None], torch.inf)
+    score = density * torch.where(apart.isinf(), largest, apart)
+    centres = top_mask(score.masked_fill(out, -torch.inf), clusters, scale=largest)
     # Where there are no centres, every distance is infinite and the answer is never read.
-    joins = first_argmax(-distance, scale=largest[..., None])
-    joins = torch.where(centres, index, joins).masked_fill(~takes_part, -1)
-    return centres, joins
+    joins = torch.cat(
+        [
+            first_argmax(
+                tile.neg().masked_fill_(~centres[:, None], -torch.inf), scale=largest[..., None]
+            )
+            for tile in tiles
+        ],
+        dim=1,
+    )
+    return centres, torch.where(centres, index, joins).masked_fill(out, -1)
+
+
+def _denser(density: Tensor, rows: Tensor) -> Tensor:
+    """``(B, r, n)`` which tokens are denser than those of the rows ``(r,)``."""
+    ahead = density[:, None] - density[:, rows, None]
+    index = torch.arange(density.shape[1], device=density.device)
+    earlier = index < rows[:, None]
+    return (ahead > DENSITY_TOLERANCE) | ((ahead.abs() <= DENSITY_TOLERANCE) & earlier)
 
 
 def _distances(features: Tensor) -> Tensor:
     """``(B, n, n)`` Euclidean distances over sqrt(D), exactly 0 between duplicates."""
     centred = features.float() - features.float().mean(1, keepdim=True)
     squares = centred.square().sum(2)
-    lengths = squares[:, None] + squares[..., None]
-    squared = torch.baddbmm(lengths, centred, centred.transpose(1, 2), alpha=-2)
-    squared = squared.masked_fill_(squared <= DUPLICATE * lengths, 0)
-    return (squared / features.shape[2]).sqrt_()
+    distance = torch.bmm(centred, centred.mT)
+    rows = max(1, CACHED_ENTRIES // (distance.shape[0] * distance.shape[1]))
+    for tile, own in zip(distance.split(rows, dim=1), squares.split(rows, dim=1), strict=True):
+        lengths = squares[:, None] + own[..., None]
+        tile.mul_(-2).add_(lengths)
+        tile.masked_fill_(tile <= DUPLICATE * lengths, 0).div_(features.shape[2]).sqrt_()
+    return distance

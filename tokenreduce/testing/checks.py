@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from tokenreduce.capabilities import COST_LIMIT
 from tokenreduce.errors import (
     BudgetError,
     MissingSignal,
@@ -26,6 +27,7 @@ from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
+from tokenreduce.testing.cost import measure_cost, one_thread, peak_growth
 from tokenreduce.testing.subject import (
     Subject,
     assignment_problem,
@@ -51,6 +53,7 @@ class Check:
         after: checks without which this one says nothing.
         applies: why it does not apply to a subject; empty if it does.
         leaves: errors that are the finding of another check.
+        slow: whether it takes seconds, and so runs only when asked for.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Check:
     after: tuple[str, ...] = ()
     applies: Callable[[Subject], str] = lambda subject: ""
     leaves: tuple[type[TokenReduceError], ...] = ()
+    slow: bool = False
 
 
 CHECKS: dict[str, Check] = {}
@@ -81,10 +85,11 @@ def _check(
     after: tuple[str, ...] = (),
     applies: Callable[[Subject], str] = lambda subject: "",
     leaves: tuple[type[TokenReduceError], ...] = (),
+    slow: bool = False,
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
         meaning = (run.__doc__ or "").strip().partition("\n")[0]
-        CHECKS[name] = Check(name, meaning, run, after, applies, leaves)
+        CHECKS[name] = Check(name, meaning, run, after, applies, leaves, slow)
         return run
 
     return add
@@ -562,3 +567,70 @@ def check_no_budget(subject: Subject) -> None:
     problem = subject.problem(reduction, tokens)
     if problem:
         fail(f"{problem} (without a budget)")
+
+
+#: Times are compared on one thread, and with room for a machine that others use too.
+SLACK = 1.5
+#: The clips that costs are measured on, with 1024 channels, an eighth of which is kept.
+TIMED, WEIGHED, WIDTH = (16, 12, 12), (32, 14, 14), 1024
+#: The most memory beside the inputs, in matrices of tokens by tokens.
+MATRICES = 1.5
+
+
+def _without_limit(subject: Subject) -> str:
+    if subject.record.wraps:
+        return "a wrapper costs what it wraps"
+    cost = subject.record.cost
+    return "" if cost in COST_LIMIT else f"no limit is set for the cost class {cost!r}"
+
+
+@_check("cost", after=CONTRACT, applies=_without_limit, slow=True)
+def check_cost(subject: Subject) -> None:
+    """It takes no longer than its cost class allows, in products of the features' Gram matrix."""
+    tokens = subject.tokens(Layout.from_grid(TIMED), channels=WIDTH)
+    reducer = subject.create(keep=tokens.count // 8)
+    limit = COST_LIMIT[subject.record.cost]
+    with one_thread():
+        cost = measure_cost(reducer, tokens, rounds=7, best=True)
+    if cost.grams > limit * SLACK:
+        fail(
+            f"took {cost.grams:.2f} Gram products of {tokens.count} tokens ({cost.ms:.0f} ms); its "
+            f"cost class {subject.record.cost!r} allows {limit:g}, here {limit * SLACK:g}"
+        )
+
+
+def _not_per_frame(subject: Subject) -> str:
+    return "" if subject.record.cost == "per_frame" else "its cost class is not 'per_frame'"
+
+
+@_check("frames", after=CONTRACT, applies=_not_per_frame, slow=True)
+def check_frames(subject: Subject) -> None:
+    """Four times the frames take about four times as long, if its cost class is per_frame."""
+    times = []
+    for frames in (8, 32):
+        tokens = subject.tokens(Layout.from_grid((frames, 12, 12)), channels=WIDTH)
+        reducer = subject.create(keep=tokens.count // 8)
+        with one_thread():
+            times.append(measure_cost(reducer, tokens, rounds=7, best=True).ms)
+    if times[1] > 4 * SLACK * times[0]:
+        fail(
+            f"took {times[1] / times[0]:.1f} times as long for 4 times the frames "
+            f"({times[0]:.0f} and {times[1]:.0f} ms): its cost is not linear in frames"
+        )
+
+
+@_check("memory", after=CONTRACT, slow=True)
+def check_memory(subject: Subject) -> None:
+    """Beside its inputs it needs no more than 1.5 matrices of tokens by tokens."""
+    tokens = subject.tokens(Layout.from_grid(WEIGHED), channels=WIDTH)
+    reducer = subject.create(keep=tokens.count // 8)
+    with one_thread(), torch.no_grad():
+        # Once before, so that libraries have the buffers that they keep.
+        reducer(tokens)
+        grown = peak_growth(lambda: reducer(tokens))
+    matrix = 4 * tokens.count**2
+    if grown is not None and grown > MATRICES * matrix:
+        fail(
+            f"needed {grown / 2**20:.0f} MiB beside its inputs for {tokens.count} tokens, "
+            f"{grown / matrix:.2f} matrices of tokens by tokens; {MATRICES} are allowed"
+        )

@@ -104,7 +104,7 @@ class _Run:
 
 
 def run_checks(
-    strategy: StrategyLike, expected_failures: Mapping[str, str] = NONE
+    strategy: StrategyLike, expected_failures: Mapping[str, str] = NONE, *, slow: bool = False
 ) -> list[CheckResult]:
     """Run every check on a strategy.
 
@@ -113,6 +113,7 @@ def run_checks(
             not), or a function from a budget to an instance.
         expected_failures: names of checks that fail, with the reason. One that passes after all
             counts as failed, so that the list stays true.
+        slow: whether to measure time and memory too, which takes several seconds.
 
     Returns:
         one result for each check, in the order of :data:`~tokenreduce.testing.CHECKS`.
@@ -121,11 +122,13 @@ def run_checks(
         UnknownName: if nothing registered the strategy, or there is no such check.
     """
     run = _Run(strategy, expected_failures)
-    return [run.result(check) for check in CHECKS.values()]
+    return [run.result(check) for check in CHECKS.values() if slow or not check.slow]
 
 
 def parametrize_checks(
-    *strategies: StrategyLike, expected_failures: Mapping[str, str] = NONE
+    *strategies: StrategyLike,
+    expected_failures: Mapping[str, str] = NONE,
+    slow: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a pytest test of every check of every strategy.
 
@@ -134,6 +137,7 @@ def parametrize_checks(
     Args:
         strategies: as for :func:`run_checks`.
         expected_failures: likewise, for each of the strategies.
+        slow: whether to give the checks of time and memory, instead of all others.
 
     Raises:
         UnknownName: if nothing registered a strategy, or there is no such check.
@@ -144,7 +148,7 @@ def parametrize_checks(
     for strategy in strategies:
         run = _Run(strategy, expected_failures)
         for check in CHECKS.values():
-            if check.applies(run.subject):
+            if check.slow != slow or check.applies(run.subject):
                 continue
             cases.append(pytest.param(_bind(run, check), id=f"{run.subject.name}-{check.name}"))
     return pytest.mark.parametrize("check", cases)

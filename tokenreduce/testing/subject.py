@@ -21,9 +21,8 @@ from tokenreduce.tokens import Layout, VisualTokens
 #: A registered name, a class, an instance, or a function from a budget to an instance.
 StrategyLike = str | type[Reducer] | Reducer | Callable[..., Reducer]
 
-#: Sizes of synthetic signal axes other than batch and tokens.
-AXIS_SIZES = {"channels": 12, "prompt": 5}
-CHANNELS = 16
+#: Words of a synthetic prompt, and channels of synthetic features.
+PROMPT, CHANNELS = 5, 16
 
 
 class CheckFailed(TokenReduceError, AssertionError):
@@ -150,15 +149,17 @@ class Subject:
             layouts["tiles"] = tiles()
         return layouts
 
-    def tokens(self, layout: Layout, *, seed: int = 0, batch: int = 1) -> VisualTokens:
+    def tokens(
+        self, layout: Layout, *, seed: int = 0, batch: int = 1, channels: int = CHANNELS
+    ) -> VisualTokens:
         """Random tokens of a layout, each item its own draw, with the needed signals."""
         generator = torch.Generator().manual_seed(1000 + seed)
         shape = (batch, len(layout))
         # Neighbours resemble each other, as in an image; some energy is shared by all.
-        drift = torch.randn(*shape, CHANNELS, generator=generator).cumsum(1) / 3
-        noise = torch.randn(*shape, CHANNELS, generator=generator)
-        features = drift + noise + torch.randn(1, 1, CHANNELS, generator=generator)
-        signals = {name: _signal(name, shape, generator) for name in self.needs}
+        drift = torch.randn(*shape, channels, generator=generator).cumsum(1) / 3
+        noise = torch.randn(*shape, channels, generator=generator)
+        features = drift + noise + torch.randn(1, 1, channels, generator=generator)
+        signals = {name: _signal(name, shape, channels, generator) for name in self.needs}
         return VisualTokens(features, layout, signals=signals)
 
     def with_all_signals(self, tokens: VisualTokens) -> VisualTokens:
@@ -166,7 +167,7 @@ class Subject:
         generator = torch.Generator().manual_seed(7)
         shape = (tokens.batch, tokens.count)
         names = (name for name in installed().signals if name not in self.record.uses)
-        signals = {name: _signal(name, shape, generator) for name in names}
+        signals = {name: _signal(name, shape, CHANNELS, generator) for name in names}
         return VisualTokens(
             tokens.features, tokens.layout, signals={**signals, **dict(tokens.signals)}
         )
@@ -293,13 +294,13 @@ def equal_reductions(one: Reduction, other: Reduction) -> str:
     return ""
 
 
-def _signal(name: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A signal of the dimensions that the vocabulary states."""
+def _signal(name: str, shape: tuple[int, int], channels: int, generator: torch.Generator) -> Tensor:
+    """A signal of the dimensions that the vocabulary states, beside features of ``channels``."""
     batch, n = shape
-    sizes = {"batch": batch, "tokens": n, **AXIS_SIZES}
-    if name in ("prompt_embeddings", "prompt_states"):
-        # They live in the space of the LLM, as the features do.
-        sizes["channels"] = CHANNELS
+    # What lives in the space of the LLM, as the features do, has as many channels; others less.
+    own = name in ("prompt_embeddings", "prompt_states")
+    width = channels if own else channels * 3 // 4
+    sizes = {"batch": batch, "tokens": n, "prompt": PROMPT, "channels": width}
     record = installed().signals[name]
     dims = record.dims
     values = torch.randn(*(sizes.get(dim, 4) for dim in dims), generator=generator)
