@@ -51,11 +51,11 @@ from torch import Tensor
 from tokenreduce.errors import PipelineError
 from tokenreduce.neighbors import nearest
 from tokenreduce.ops.density_peaks import density_peaks
+from tokenreduce.ops.frames import segment_lengths
 from tokenreduce.ops.quotas import apportion, top_mask
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import VisualTokens
-from tokenreduce_strategies.flashvid import segment_lengths
 
 
 @dataclass(frozen=True, kw_only=True)

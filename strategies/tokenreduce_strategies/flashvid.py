@@ -60,6 +60,7 @@ from torch import Tensor
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import first_argmax, unit_vectors
 from tokenreduce.ops.density_peaks import density_peaks
+from tokenreduce.ops.frames import segment_lengths
 from tokenreduce.ops.quotas import apportion, top_mask
 from tokenreduce.ops.weighted_spreading import weighted_farthest_first
 from tokenreduce.reducer import Grouping, Merger
@@ -196,19 +197,6 @@ def salient_tokens(clips: Tensor, attention: Tensor, k: int, selection: Selectio
         weights = weights * (clips * clips.mean((1, 2), keepdim=True)).sum(-1)
     picks = weighted_farthest_first(clips.flatten(0, 1), weights.flatten(0, 1), k)
     return picks.reshape(*attention.shape[:2], k)
-
-
-def segment_lengths(means: Tensor, threshold: float, least: int) -> list[int]:
-    """Step 1: how many frames each segment holds, from the frames' means ``(T, D)``."""
-    unit = unit_vectors(means)
-    cosine = (unit[1:] * unit[:-1]).sum(-1)
-    cut = cosine < threshold
-    more = min(least, len(means)) - 1 - int(cut.sum())
-    if more > 0:
-        lowest = (-cosine).masked_fill(cut, -torch.inf)
-        cut = cut | top_mask(lowest, torch.tensor(more), scale=1.0)
-    ends = [*(cut.nonzero().squeeze(1) + 1).tolist(), len(means)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def merge_segment(

@@ -17,10 +17,11 @@ the thumbnail) is cut into parts of the thumbnail's size.
 Shapes: class attention ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N); the features are not read.
 
 Deviations from the official code: attention is averaged, not summed, over heads; shallow attention
-is a signal of the user's choice (``shallow``; layer 0 in the official code), the same as the late
-one by default; tiles are where they are in the image, and the budget is met exactly. The official
-code takes the t-th run of the flattened thumbnail for tile t and loses what rounding leaves over
-(``official=True``). Tokens equal those of the official code on recorded cases.
+is a signal of the user's choice, the same as the late one by default (the official code takes that
+of layer 0: ``shallow="shallow_class_attention"``, where the model gives it); tiles are where they
+are in the image, and the budget is met exactly. The official code takes the t-th run of the
+flattened thumbnail for tile t and loses what rounding leaves over (``official=True``). Tokens equal
+those of the official code on recorded cases.
 
 Published: LLaVA-1.5-7B, in percent of the full model with 128 / 64 tokens: 91.7 / 87.9 (table of
 the ProViP paper).

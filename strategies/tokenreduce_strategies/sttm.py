@@ -51,6 +51,7 @@ from torch.nn.functional import cosine_similarity
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import top_k_indices, unit_vectors
+from tokenreduce.ops.pyramids import Level, pyramid
 from tokenreduce.ops.quotas import kept_indices
 from tokenreduce.ops.spanning_trees import (
     components,
@@ -61,22 +62,6 @@ from tokenreduce.ops.spanning_trees import (
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
-
-
-class Level(NamedTuple):
-    """One level of the pyramid of a frame, h x w cells.
-
-    Attributes:
-        parent: ``(h' w',)`` the cell of this level that each cell of the finer one lies in.
-        cell: ``(H W,)`` the cell that each token lies in.
-        share: ``(H W,)`` the weight of each token in its cell.
-        first: ``(h w,)`` the first token of each cell.
-    """
-
-    parent: Tensor
-    cell: Tensor
-    share: Tensor
-    first: Tensor
 
 
 class Cells(NamedTuple):
@@ -185,23 +170,6 @@ class STTM(Reducer):
         linked = torch.zeros_like(tree.parent, dtype=torch.bool).scatter_(1, links, True)
         joined: Tensor = heads[components(tree.parent, linked)[0]][number]
         return joined
-
-
-def pyramid(height: int, width: int, device: torch.device) -> list[Level]:
-    """Step 1: the levels of a frame, from its tokens up."""
-    own = torch.arange(height * width, device=device)
-    levels = [Level(own, own, torch.ones(height * width, device=device), own)]
-    while min(height, width) > 2:
-        rows = (torch.arange(height, device=device) + height % 2) // 2
-        columns = (torch.arange(width, device=device) + width % 2) // 2
-        height, width = (height + 1) // 2, (width + 1) // 2
-        below = levels[-1]
-        parent = (rows[:, None] * width + columns).flatten()
-        parts = torch.bincount(parent)
-        first = torch.full_like(parts, len(own)).scatter_reduce(0, parent, below.first, "amin")
-        cell = parent[below.cell]
-        levels.append(Level(parent, cell, below.share / parts[cell], first))
-    return levels
 
 
 def cut(clip: Tensor, levels: list[Level], threshold: float, k: int | None = None) -> Cells:

@@ -9,8 +9,8 @@ from support.clips import clips, structured_clip
 from support.clouds import quick
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops.density_peaks import density_peaks
+from tokenreduce.ops.frames import segment_lengths
 from tokenreduce_strategies.fastvid import FastVID
-from tokenreduce_strategies.flashvid import segment_lengths
 
 TIE = 1e-6
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from support.clips import clips, structured_clip
 from support.clouds import quick
 from tokenreduce.errors import MissingSignal, PipelineError
+from tokenreduce.ops.frames import segment_lengths
 from tokenreduce_strategies import flashvid
-from tokenreduce_strategies.flashvid import FlashVID, merge_segment, segment_lengths
+from tokenreduce_strategies.flashvid import FlashVID, merge_segment
 
 TIE = 1e-6
 

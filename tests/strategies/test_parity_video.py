@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tokenreduce import VisualTokens
-from tokenreduce.ops.frames import previous_cosine
+from tokenreduce.ops.frames import previous_cosine, segment_lengths
 from tokenreduce_strategies.aim import merge_rounds
 from tokenreduce_strategies.dycoke import DyCoke
 from tokenreduce_strategies.evs import EVS
-from tokenreduce_strategies.flashvid import merge_segment, salient_tokens, segment_lengths
+from tokenreduce_strategies.flashvid import merge_segment, salient_tokens
 from tokenreduce_strategies.framefusion import FrameFusion
 from tokenreduce_strategies.free_video_llm import region_boxes
 from tokenreduce_strategies.holitom import HoliTom, static_windows, weakest_steps

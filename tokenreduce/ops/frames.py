@@ -1,11 +1,12 @@
-"""Comparing the frames of a clip, place by place."""
+"""Comparing the frames of a clip, place by place or as wholes."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokenreduce.ops.similarity import SMALLEST_NORM
+from tokenreduce.ops.quotas import top_mask
+from tokenreduce.ops.similarity import SMALLEST_NORM, unit_vectors
 
 
 def same_place_cosine(frames: Tensor, reference: Sequence[int]) -> Tensor:
@@ -43,3 +44,23 @@ def previous_cosine(frames: Tensor) -> Tensor:
     """
     count = frames.shape[1]
     return same_place_cosine(frames, [max(t - 1, 0) for t in range(count)])[:, 1:]
+
+
+def segment_lengths(means: Tensor, threshold: float, least: int) -> list[int]:
+    """How many frames each segment of a clip holds; it is cut where neighbours are unlike.
+
+    Args:
+        means: ``(T, D)`` the mean token of each frame.
+        threshold: cosine of neighbouring means below which there is a cut.
+        least: how many segments there are at least, if there are as many frames; where the
+            threshold gives fewer, cuts follow between the neighbours that are least alike.
+    """
+    unit = unit_vectors(means)
+    cosine = (unit[1:] * unit[:-1]).sum(-1)
+    cut = cosine < threshold
+    more = min(least, len(means)) - 1 - int(cut.sum())
+    if more > 0:
+        lowest = (-cosine).masked_fill(cut, -torch.inf)
+        cut = cut | top_mask(lowest, torch.tensor(more), scale=1.0)
+    ends = [*(cut.nonzero().squeeze(1) + 1).tolist(), len(means)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

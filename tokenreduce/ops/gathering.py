@@ -1,5 +1,6 @@
 """Gathering tokens of a batch, each item at its own indices."""
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,5 @@ def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     """
     if tensor.ndim == 2:
         return tensor.gather(1, index)
-    trailing = tensor.shape[2:]
-    expanded = index.reshape(*index.shape, *(1 for _ in trailing)).expand(*index.shape, *trailing)
-    return tensor.gather(1, expanded)
+    # Row by row; gather() would look up every entry.
+    return tensor[torch.arange(tensor.shape[0], device=tensor.device)[:, None], index]

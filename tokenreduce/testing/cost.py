@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,9 +132,11 @@ def peak_growth(call: Callable[[], object]) -> int | None:
     if tunable:
         library.malloc_trim(0)
     receives, sends = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # From Python 3.12 on a fork warns of threads; the child uses none of them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
-        # A child of fork has no threads but this one; more would wait for those that are gone.
         torch.set_num_threads(1)
         if tunable:
             # Blocks from 64 KiB on go back as they are freed; what the allocator keeps is no need.
