@@ -49,7 +49,7 @@ from tokenreduce.tokens import VisualTokens
 #: Most tokens whose Gram matrix is held: 16384 need 1 GiB.
 GRAM_LIMIT = 16384
 #: Rows of the Gram matrix computed at a time where it is not held.
-ROWS = 512
+ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class MMTok(Selector):
             total[:, start : start + ROWS] = tile.sum(2)
             table[:, start : start + ROWS, :n] = tile[:, : table.shape[1]]
         share = (self.alpha / n / total)[:, None]
-        table[..., :n] *= share
+        table[..., :n].mul_(share)
         table[..., n:] = words[:, : table.shape[1]]
 
         def cover(ask: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ from tokenreduce.tokens import VisualTokens
 from tokenreduce_strategies.remainders import common_count
 
 #: Rows of the distances whose densities are computed at a time.
-ROWS = 512
+ROWS = 128
 #: How much farther than the radius a token may join a centre.
 REACH = 1.5
 

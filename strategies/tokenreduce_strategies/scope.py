@@ -77,7 +77,7 @@ class Scope(Selector):
             )
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        unit = unit_vectors(tokens.features.detach())
+        features = tokens.features.detach()
         attention = tokens.signal("class_attention").detach().float()
         if self.combine == "multiply":
             peak = attention.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -85,16 +85,20 @@ class Scope(Selector):
         saliency = attention**self.alpha
         # As many items at once as fit into one Gram matrix of the largest size.
         together = max(1, GRAM_LIMIT**2 // tokens.count**2)
-        parts = zip(unit.split(together), saliency.split(together), strict=True)
+        parts = zip(features.split(together), saliency.split(together), strict=True)
         return torch.cat([self._pick(part, weight, k) for part, weight in parts])
 
-    def _pick(self, unit: Tensor, saliency: Tensor, k: int) -> Tensor:
+    def _pick(self, features: Tensor, saliency: Tensor, k: int) -> Tensor:
         """Greedy picks ``(b, k)`` of items ``(b, N, D)`` with saliency ``(b, N)``."""
-        items = torch.arange(unit.shape[0], device=unit.device)[:, None]
-        gram = unit @ unit.mT if unit.shape[1] <= GRAM_LIMIT else None
+        table = unit_vectors(features)
+        held = table.shape[1] <= GRAM_LIMIT
+        if held:
+            # The unit vectors are not needed beside their Gram matrix.
+            table = table @ table.mT
 
         def cover(ask: Tensor) -> Tensor:
-            return gather_tokens(unit, ask) @ unit.mT if gram is None else gram[items, ask]
+            rows = gather_tokens(table, ask)
+            return rows if held else rows @ table.mT
 
         if self.combine == "multiply":
             return greedy_coverage(cover, k, weight=saliency)

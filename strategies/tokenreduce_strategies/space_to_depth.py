@@ -104,10 +104,15 @@ class SpaceToDepth(Reducer):
                 f"{self.name}: a projection of {projection['weight'].shape[1]} channels takes no "
                 f"square block of tokens of {width} channels: r^2 x {width} does."
             )
+        bias = projection.get("bias")
+        if bias is not None and bias.shape != (width,):
+            raise PipelineError(
+                f"{self.name}: weights={self.weights!r} must hold a 'bias' of {width} values, got "
+                f"{tuple(bias.shape)}."
+            )
         blocks, groups = (part.to(tokens.features.device) for part in block_map(grid, side))
         groups = groups.expand(tokens.batch, -1)
         folded = tokens.features[:, blocks].flatten(2).float()
-        bias = projection.get("bias")
         made = linear(folded, projection["weight"], bias).to(tokens.features.dtype)
         return replace(Reduction.from_groups(tokens, groups, len(blocks)), features=made)
 

@@ -135,5 +135,8 @@ def test_no_square_block(tmp_path):
     save_file({"weight": draw(8, 24)}, path)
     with pytest.raises(PipelineError, match="no square block"):
         SpaceToDepth(weights=str(path))(image(4, 6))
+    save_file({"weight": draw(8, 32), "bias": draw(7)}, tmp_path / "bias.safetensors")
+    with pytest.raises(PipelineError, match=r"'bias' of 8 values, got \(7,\)"):
+        SpaceToDepth(weights=str(tmp_path / "bias.safetensors"))(image(4, 6))
     with pytest.raises(BudgetError, match="no budget"):
         SpaceToDepth(weights=str(path), keep=4)
