@@ -64,11 +64,25 @@ class Item:
 
 @dataclass(frozen=True)
 class Case:
-    """A model with a batch of prompts."""
+    """A model with a batch of prompts.
+
+    Attributes:
+        decoder: path of the text decoder in the model.
+        further: what the decoder reads beside embeddings, positions and a mask, for one shortened
+            prompt: called with the model, the decoder's arguments in the unmodified prefill, the
+            prompt's row, its kept columns, and the ids generated since.
+        after_head: what the model makes of the logits of its head; called with its configuration.
+        seq2seq: for an encoder-decoder, whose ``decoder`` is the text encoder: path of the module
+            that predicts from what that encoder gives; empty for the model itself.
+    """
 
     model: Any
     inputs: dict[str, Any]
     items: tuple[Item, ...]
+    decoder: str = "model.language_model"
+    further: Callable[[Any, dict[str, Any], int, Tensor, list[int]], dict[str, Any]] | None = None
+    after_head: Callable[[Any, Tensor], Tensor] | None = None
+    seq2seq: str | None = None
 
     def batch(self) -> dict[str, Any]:
         """The inputs, copied: models may change what they are given."""
@@ -105,6 +119,11 @@ def enable_checkpointing(model: Any) -> None:
     (current or model.gradient_checkpointing_enable)()
 
 
+def head_of(model: Any) -> Any:
+    """The layer that gives logits."""
+    return model.get_output_embeddings() or model.language_model.get_output_embeddings()
+
+
 def lively(model: Any) -> Any:
     """Random weights of a scale that makes every token matter, and no placeholder is predicted."""
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +137,7 @@ def lively(model: Any) -> Any:
                 parameter.copy_(sample / fan**0.5 * scale)
             elif "bias" in name or "newline" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        head = model.get_output_embeddings()
+        head = head_of(model)
         head.weight[IMAGE] = 0
         head.weight[VIDEO] = 0
     model.generation_config.pad_token_id = PAD

@@ -7,16 +7,24 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokenreduce.attachment import Attachment
-from tokenreduce.errors import MissingSignal, UnsupportedSite
+from tokenreduce.errors import MissingSignal, UnsupportedModel, UnsupportedSite
 from tokenreduce.plugins import installed
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
+from tokenreduce_integrations.transformers.cross_attention import CrossAttentionAttachment
 from tokenreduce_integrations.transformers.depth import check_depth
+from tokenreduce_integrations.transformers.embedding import ChameleonAttachment, Phi4Attachment
+from tokenreduce_integrations.transformers.encoder_decoder import EncoderAttachment, find_encoder
 from tokenreduce_integrations.transformers.families import Family
+from tokenreduce_integrations.transformers.inlined import (
+    InlinedEncoderGeneration,
+    InlinedGeneration,
+)
 from tokenreduce_integrations.transformers.joint import JointEncoder
 from tokenreduce_integrations.transformers.release import require_supported_release
 from tokenreduce_integrations.transformers.rows import DECODER_SIGNALS
+from tokenreduce_integrations.transformers.unsupported import reason_for
 
 _JOINT = frozenset({"joint_image_embeddings", "joint_text_embeddings"})
 _ENCODER = "joint_encoder='openai/clip-vit-large-patch14-336'"
@@ -28,7 +36,8 @@ _ABOVE = frozenset({"vision_features", "prompt_embeddings"}) | _JOINT
 class TransformersAdapter:
     """Any transformers model that merges visual features through ``get_placeholder_mask``.
 
-    Tokens are laid out as a line, since their geometry is unknown; adapters of families know it.
+    Tokens are laid out on the grid that the model is given beside the pixels, else as a line;
+    adapters of families know more.
     """
 
     family: ClassVar[Family] = families.GENERIC
@@ -42,22 +51,36 @@ class TransformersAdapter:
     ) -> Attachment:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         self.check(model, stages, processor, joint_encoder)
-        decoder, owner = families.find_decoder(model), families.find_owner(model)
-        parameter = next(decoder.parameters())
+        parts = self.parts(model)
+        parameter = next(parts["decoder"].parameters())
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
         joint = None
         if any(_JOINT.intersection(stage.reducer.needs) for stage in stages):
-            joint = JointEncoder.load(joint_encoder, next(owner.parameters()).device)
-        return TransformersAttachment(
+            joint = JointEncoder.load(joint_encoder, next(parts["owner"].parameters()).device)
+        return self.attachment(model)(
             model,
             stages,
             family=self.family,
-            decoder=decoder,
-            owner=owner,
             tokenizer=getattr(processor, "tokenizer", processor),
             joint=joint,
+            **parts,
         )
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        """The kind of attachment that serves a model."""
+        return TransformersAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        """The modules of a model that the attachment works on.
+
+        Raises:
+            UnsupportedModel: if they are not there.
+        """
+        return {
+            "decoder": families.find_decoder(model),
+            "owner": families.find_owner(model, self.family),
+        }
 
     def check(
         self,
@@ -68,8 +91,8 @@ class TransformersAdapter:
     ) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         require_supported_release()
-        families.find_decoder(model)
-        owner = families.find_owner(model)
+        parts = self.parts(model)
+        owner = parts["owner"]
         inside = tuple(stage for stage in stages if stage.site == "vision")
         for stage in stages:
             self._check(model, owner, stage, processor, joint_encoder)
@@ -123,7 +146,7 @@ class TransformersAdapter:
         if stage.site == "vision":
             return  # the site itself knows what blocks of the encoder give
         if stage.site == "decoder":
-            check_depth(families.find_decoder(model), stage.layers)
+            check_depth(self.parts(model)["decoder"], stage.layers)
         offered = self._offers(owner, stage, processor, joint_encoder)
         missing = [name for name in stage.reducer.needs if name not in offered]
         tower = self._joint_tower(owner)
@@ -206,3 +229,173 @@ class Qwen2_5VLAdapter(TransformersAdapter):  # noqa: N801 (the model's own name
     """Qwen2.5-VL: native-resolution images and clips."""
 
     family = families.QWEN2_5_VL
+
+
+class SquareTilesAdapter(TransformersAdapter):
+    """Models whose images become square grids of tokens, each an item of its own."""
+
+    family = families.SQUARES
+
+
+class PixtralAdapter(TransformersAdapter):
+    """Models with a Pixtral encoder: images of their own size."""
+
+    family = families.PIXTRAL
+
+
+class GraniteDoclingAdapter(TransformersAdapter):
+    """Granite-Docling: DeepStack."""
+
+    family = families.GRANITE_DOCLING
+
+
+class Gemma3Adapter(TransformersAdapter):
+    """Gemma 3: image tokens that see one another both ways."""
+
+    family = families.GEMMA3
+
+
+class Gemma3nAdapter(TransformersAdapter):
+    """Gemma 3n: inputs for each layer."""
+
+    family = families.GEMMA3N
+
+
+class Gemma4Adapter(TransformersAdapter):
+    """Gemma 4: inputs for each layer, and image tokens that may see one another both ways."""
+
+    family = families.GEMMA4
+
+
+class Gemma4UnifiedAdapter(TransformersAdapter):
+    """Gemma 4 unified: image tokens that see one another both ways."""
+
+    family = families.GEMMA4_UNIFIED
+
+
+class PaliGemmaAdapter(TransformersAdapter):
+    """PaliGemma: a prefix that sees itself both ways."""
+
+    family = families.PALIGEMMA
+
+
+class Molmo2Adapter(TransformersAdapter):
+    """Molmo 2: image tokens that see one another both ways."""
+
+    family = families.MOLMO2
+
+
+class IdeficsAdapter(TransformersAdapter):
+    """Idefics 2 and 3: features placed by a merger; the images of a prompt are one item."""
+
+    family = families.IDEFICS
+
+
+class FuyuAdapter(TransformersAdapter):
+    """Fuyu: projected patches without an encoder."""
+
+    family = families.FUYU
+
+
+class Llama4Adapter(TransformersAdapter):
+    """Llama 4: tiles, each an item of its own."""
+
+    family = families.LLAMA4
+
+
+class Granite4VisionAdapter(TransformersAdapter):
+    """Granite 4 Vision: visual features enter layer by layer."""
+
+    family = families.GRANITE4_VISION
+
+
+class InklingAdapter(TransformersAdapter):
+    """Inkling: each run of image tokens is an item."""
+
+    family = families.INKLING
+
+
+class EncoderDecoderAdapter(TransformersAdapter):
+    """Models whose visual tokens go into the encoder of an encoder-decoder (Florence-2)."""
+
+    family = families.FLORENCE2
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return EncoderAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        encoder, text_decoder = find_encoder(model)
+        owner = families.find_owner(model, self.family)
+        return {"decoder": encoder, "text_decoder": text_decoder, "owner": owner}
+
+
+class InstructBlipAdapter(EncoderDecoderAdapter):
+    """Q-Formers before a decoder (Vicuna, OPT) or an encoder-decoder (T5)."""
+
+    family = families.BLIP
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return EncoderAttachment if _encodes_text(model) else TransformersAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        return (
+            super().parts(model) if _encodes_text(model) else TransformersAdapter.parts(self, model)
+        )
+
+
+class Blip2Adapter(InstructBlipAdapter):
+    """BLIP-2: the same, with a generation of its own."""
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return InlinedEncoderGeneration if _encodes_text(model) else InlinedGeneration
+
+
+class MllamaAdapter(TransformersAdapter):
+    """Llama 3.2 Vision: visual tokens that layers attend across to."""
+
+    family = families.MLLAMA
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return CrossAttentionAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        return {"decoder": families.find_decoder(model), "owner": getattr(model, "model", model)}
+
+
+class Phi4MultimodalAdapter(TransformersAdapter):
+    """Phi-4-multimodal: images embedded by the decoder itself."""
+
+    family = families.PHI4_MULTIMODAL
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return Phi4Attachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        decoder: Any = getattr(model, "model", model)
+        return {"decoder": decoder, "owner": decoder.embed_tokens_extend}
+
+
+class ChameleonAdapter(TransformersAdapter):
+    """Chameleon: images as codes, embedded by the decoder itself."""
+
+    family = families.CHAMELEON
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return ChameleonAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        decoder = getattr(model, "model", model)
+        return {"decoder": decoder, "owner": decoder}
+
+
+class UnsupportedAdapter(TransformersAdapter):
+    """Multimodal models that cannot be served: says why."""
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be served: {reason_for(type(model))}."
+        )
+
+
+def _encodes_text(model: Any) -> bool:
+    return bool(model.language_model.config.is_encoder_decoder)

@@ -40,6 +40,7 @@ from tokenreduce_integrations.transformers.generation import GenerateWatch
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.joint import JointEncoder
 from tokenreduce_integrations.transformers.ledger import Given, Ledger, Slots
+from tokenreduce_integrations.transformers.masks import BuiltMask, is_built
 from tokenreduce_integrations.transformers.prompts import PROMPT_SIGNALS, PromptReader
 from tokenreduce_integrations.transformers.sequence import (
     ReducedItem,
@@ -55,7 +56,7 @@ _SEQUENCE_ARGUMENTS = {"inputs_embeds", "input_ids", "attention_mask", "position
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """What the stages before the LLM made of the visual items of a batch of prompts."""
 
     visual: VisualInput
@@ -91,7 +92,7 @@ class _Call:
     plan: SequencePlan | None
     entered: Slots
     cache: Any
-    choice: _Choice | None
+    choice: Choice | None
     run: DepthRun | None
 
     def ledger(self, plan: SequencePlan | None, deeper: Mapping[int, Slots]) -> Ledger:
@@ -146,24 +147,31 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         self.family = family
         self.decoder = decoder
+        self.owner = owner
         needs = _needs(stages, "projector")
         self._prompts = PromptReader(needs, tokenizer, joint)
         self._encoder_needs = tuple(name for name in needs if name not in PROMPT_SIGNALS)
         self._under_way = _UnderWay()
+        rotary = getattr(decoder, "rotary_emb", None)
+        self._axes = len(getattr(rotary, "mrope_section", None) or (0, 0, 0))
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._depth: DecoderSite | None = None
         if layers := sorted({n for s in stages if s.site == "decoder" for n in s.layers}):
             needs = _needs(stages, "decoder")
             self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), layers, needs)
-        probe = None
-        if self._encoder_needs and family.probe is not None:
-            probe = family.probe(owner, self._encoder_needs, joint)
-        self._watch = VisualWatch(owner, family, probe, self._encoder_site(owner))
+        self._watch = self._make_watch(joint)
         self._generate_watch = GenerateWatch(model)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
         ]
+
+    def _make_watch(self, joint: JointEncoder | None) -> Any:
+        """What tells of the visual items of a call."""
+        probe = None
+        if self._encoder_needs and self.family.probe is not None:
+            probe = self.family.probe(self.owner, self._encoder_needs, joint)
+        return VisualWatch(self.owner, self.family, probe, self._encoder_site(self.owner))
 
     def detach(self) -> None:
         """See :meth:`tokenreduce.attachment.Attachment.detach`; detaching twice does nothing.
@@ -241,23 +249,27 @@ class TransformersAttachment(Uncopyable, Attachment):
             if embeds is not None and Ledger.held(cache) == 0:
                 self._record(None, [], embeds.shape[1], reason="a text-only turn")
             return None
+        if embeds is None and kwargs.get("input_ids") is not None:
+            embeds = self.decoder.get_input_embeddings()(kwargs["input_ids"])
+            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": embeds}
         if embeds is None:
             raise UnsupportedModel(
                 f"{type(self.decoder).__name__} was called without inputs_embeds: the "
                 f"{self.family.name} adapter does not serve it."
             )
-        mask = kwargs.get("attention_mask")
-        choice = None if visual is None else self._choose(visual, embeds, mask, cache)
+        if visual is not None:
+            visual = visual.expanded(embeds.shape[0])
+        choice = None if visual is None else self._choose(visual, kwargs)
         cuts = choice is not None and self._depth is not None and self.enabled
         reduces = choice is not None and choice.reduces
         if choice is not None and not cuts and not reduces:
             self._record(choice, choice.outcomes, embeds.shape[1])
         if ledger is None and not cuts and not reduces:
             return None
-        given = Given.of(embeds, mask, cache)
+        given = Given.of(embeds, kwargs.get("attention_mask"), cache)
         shorter, plan, entered = None, None, given.slots
         if ledger is not None or reduces:
-            shorter, plan, entered = self._shortened(choice, embeds, cache, given, kwargs)
+            shorter, plan, entered = self._shortened(choice, given, kwargs)
         cut = choice if cuts else None
         run = self._between_layers(cut, cache, given, plan, entered, embeds.dtype)
         if shorter is None:
@@ -277,14 +289,20 @@ class TransformersAttachment(Uncopyable, Attachment):
             )
         return replace(visual, regions=self.regions)
 
-    def _choose(self, visual: VisualInput, embeds: Tensor, mask: object, cache: Any) -> _Choice:
-        """Choose and merge visual tokens; where budgets keep all, no tensor is read."""
+    def _choose(self, visual: VisualInput, kwargs: Mapping[str, Any]) -> Choice:
+        """Choose and merge visual tokens; where budgets keep all, no tensor is read.
+
+        Args:
+            visual: the visual items of the call.
+            kwargs: arguments of the decoder.
+        """
+        embeds: Tensor = kwargs["inputs_embeds"]
         layouts, earlier = visual.layouts, visual.earlier
         self._check_encoded(earlier)
         stages, stopwatch = self._stages_at("projector"), Stopwatch()
         if not self.enabled:
             outcomes = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
-            return _Choice(visual, outcomes, stopwatch)
+            return Choice(visual, outcomes, stopwatch)
         before = [stage for stage in self.stages if stage.site in self.family.encoder_sites]
         if earlier is None and before:
             earlier = unchanged_outcomes(before, layouts, "encoded while the stages were idle")
@@ -292,13 +310,14 @@ class TransformersAttachment(Uncopyable, Attachment):
         prompts = visual.prompts if per_prompt else [0] * len(layouts)
         unchanged = keep_all_outcomes(stages, layouts, prompts, earlier=earlier)
         if unchanged is not None:
-            return _Choice(visual, unchanged, stopwatch)
+            return Choice(visual, unchanged, stopwatch)
         with stopwatch.running(embeds.device):
+            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
             valid = Given.of(embeds, mask, cache).slots.valid
             rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
             columns = torch.cat([item.columns for item in visual.items])
             packed = PackedTokens(
-                features=embeds[rows, columns],
+                features=self.family.seen(kwargs, rows, columns),
                 layouts=layouts,
                 signals={
                     **visual.signals(self._encoder_needs),
@@ -306,7 +325,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 },
             )
             outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)
-        return _Choice(visual, outcomes, stopwatch)
+        return Choice(visual, outcomes, stopwatch)
 
     def _check_encoded(self, earlier: Sequence[ItemOutcome] | None) -> None:
         """Refuse features that were encoded under other stages than those that act now.
@@ -329,14 +348,14 @@ class TransformersAttachment(Uncopyable, Attachment):
 
     def _shortened(
         self,
-        choice: _Choice | None,
-        embeds: Tensor,
-        cache: Any,
+        choice: Choice | None,
         given: Given,
         kwargs: Mapping[str, Any],
     ) -> tuple[dict[str, Any], SequencePlan | None, Slots]:
         """The arguments of the decoder for the shorter sequence, and that sequence."""
         shorter, plan, entered = dict(kwargs), None, given.slots
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        length = embeds.shape[1]
         if choice is not None and choice.reduces:
             with choice.stopwatch.running(embeds.device):
                 items = choice.items
@@ -346,19 +365,35 @@ class TransformersAttachment(Uncopyable, Attachment):
             self._refuse_unknown(kwargs, shorter, cache, *embeds.shape[:2])
             entered = Slots.entered(plan.valid, full=bool(plan.valid.all()))
             if self._depth is None:
-                self._record(choice, choice.outcomes, embeds.shape[1], plan.columns.shape[1])
-        shorter["position_ids"] = _positions(kwargs.get("position_ids"), plan, given)
+                self._record(choice, choice.outcomes, length, plan.columns.shape[1])
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if position_ids is None and self.family.counts_positions and isinstance(mask, Tensor):
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        shorter["position_ids"] = _positions(position_ids, plan, given, self._axes)
         # Without a cache, a missing mask and gaps in the positions would be taken for packed
         # samples; with one, a missing mask is safe and spares the decoder a mask.
         safe = cache is not None and not cache.is_compileable
         full = given.held.full and entered.full
         valid = torch.cat([given.held.valid, entered.valid], dim=1)
         shorter["attention_mask"] = None if safe and full else valid.long()
+        if self.family.mask is not None and is_built(mask):
+            shorter["attention_mask"] = self.family.mask(
+                BuiltMask(
+                    given=mask,
+                    config=self.decoder.config,
+                    embeds=shorter["inputs_embeds"],
+                    valid=valid,
+                    plan=plan,
+                    past=given.past,
+                    length=length,
+                    cache=None if cache is None else Ledger.view(cache),
+                )
+            )
         return shorter, plan, entered
 
     def _between_layers(
         self,
-        choice: _Choice | None,
+        choice: Choice | None,
         cache: Any,
         given: Given,
         plan: SequencePlan | None,
@@ -413,8 +448,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                     f"{type(self.decoder).__name__} also reads {name!r}, one entry for each token: "
                     f"the {self.family.name} adapter cannot shorten it."
                 )
-        mask = given.get("attention_mask")
-        built = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+        built = self.family.mask is None and is_built(given.get("attention_mask"))
         if built and not (cache is not None and cache.is_compileable):
             raise UnsupportedModel(
                 f"{type(self.model).__name__} builds its own attention mask before the decoder: "
@@ -454,7 +488,7 @@ class TransformersAttachment(Uncopyable, Attachment):
 
     def _record(
         self,
-        choice: _Choice | None,
+        choice: Choice | None,
         outcomes: Sequence[ItemOutcome],
         sequence_in: int,
         sequence_out: int | None = None,
@@ -513,14 +547,19 @@ def _needs(stages: Sequence[Stage], site: Site) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for reducer in mine for name in reducer.needs))
 
 
-def _positions(position_ids: Tensor | None, plan: SequencePlan | None, given: Given) -> Tensor:
-    """Original positions: explicit even where the model would count them by itself."""
+def _positions(
+    position_ids: Tensor | None, plan: SequencePlan | None, given: Given, axes: int
+) -> Tensor:
+    """Original positions: explicit even where the model would count them by itself.
+
+    Beside the ``axes`` of multimodal rotary embeddings, a first row may hold the text's positions.
+    """
     if position_ids is None:
         position_ids = (given.past + given.slots.index)[:1]
     if plan is None:
         return position_ids
     position_ids = gather_positions(position_ids, plan)
-    if position_ids.ndim == 3 and position_ids.shape[0] == 4:
+    if position_ids.ndim == 3 and position_ids.shape[0] == axes + 1:
         position_ids = position_ids.clone()
         position_ids[0] = text_row_positions(plan.valid, given.held.valid)
     return position_ids
@@ -536,9 +575,14 @@ def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
 
 
 def _kv_bytes_per_token(decoder: Any) -> int:
-    config = decoder.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameter = next(decoder.parameters())
     element = parameter.element_size() if parameter.is_floating_point() else 2
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * element
+    layers = getattr(decoder.config, "per_layer_config", None) or [decoder.config]
+    repeats = decoder.config.num_hidden_layers // len(layers)
+    return 2 * sum(_key_width(layer) for layer in layers) * int(element * repeats)
+
+
+def _key_width(config: Any) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads) * int(width)

@@ -419,6 +419,11 @@ def check_depth(decoder: Any, layers: Sequence[int]) -> None:
         UnsupportedSite: naming what stands against it.
     """
     config, name = decoder.config, type(decoder).__name__
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UnsupportedSite(
+            f"{name} has no layers that stages at the decoder site could act between: visual "
+            "tokens go into an encoder here. Use the projector site."
+        )
     count = len(decoder.layers)
     beyond = [layer for layer in layers if layer >= count]
     if beyond:

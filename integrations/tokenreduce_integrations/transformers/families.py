@@ -14,8 +14,25 @@ from tokenreduce.errors import UnsupportedModel
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers import layouts, vision
-from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
+from tokenreduce_integrations.transformers.deepstack import (
+    layerwise_features,
+    shorten_deepstack,
+    shorten_layerwise,
+)
 from tokenreduce_integrations.transformers.frames import FramesSite, PatchedClips, StackedClips
+from tokenreduce_integrations.transformers.masks import (
+    MaskBuilder,
+    blocks_then_window,
+    left_to_decoder,
+    window_then_blocks,
+)
+from tokenreduce_integrations.transformers.per_token import gather_arguments
+from tokenreduce_integrations.transformers.placement import (
+    MERGER,
+    MODALITIES,
+    PLACEHOLDERS,
+    Placement,
+)
 from tokenreduce_integrations.transformers.probes import ProbeFactory, TowerProbes, pools, towers
 from tokenreduce_integrations.transformers.sequence import ReducedItem, SequencePlan
 
@@ -28,6 +45,28 @@ ArgumentShortener = Callable[
 #: (owner, stages at the site that act now) -> the site; asked for the stages at every encoding.
 EncoderSiteFactory = Callable[[Any, Callable[[], tuple[Stage, ...]]], "EncoderSite"]
 LayoutFunction = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], list[Layout]]
+
+
+def embedded(kwargs: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    """The visual embeddings themselves."""
+    embeds: Tensor = kwargs["inputs_embeds"]
+    return embeds[rows, columns]
+
+
+def pooled_features(output: Any) -> Any:
+    """What most families' encoding calls return."""
+    return getattr(output, "pooler_output", None)
+
+
+def first_layer_features(output: Any) -> Any:
+    """For models without other features than those that enter layer by layer (Granite 4 Vision)."""
+    layers = getattr(output, "deepstack_features", None)
+    return None if layers is None else layers[0][1]
+
+
+def last_features(output: Any) -> Any:
+    """For models that place their tower's hidden states as they are (Fuyu)."""
+    return getattr(output, "last_hidden_state", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +82,13 @@ class Family:
         probe: what reads signals while the encoder runs; without one, strategies read projected
             features and the prompt only.
         shorten: what shortens the further per-token arguments that this family's decoder reads.
+        mask: what rebuilds the masks that this family builds before its decoder.
+        counts_positions: whether the decoder, given no positions, counts them by the mask (OPT).
+        placement: how the model says where features stand.
+        seen: what strategies see of the tokens at the given rows and columns of the sequence;
+            called with the decoder's arguments.
+        features: the features of each item in what an encoding call returned; None if there are
+            none.
         joins_tiles: whether tiles that follow one another in the sequence, without text between
             them, are one visual item.
         llm_sites: sites at or in the LLM that can be served.
@@ -53,6 +99,11 @@ class Family:
     layouts: Mapping[str, LayoutFunction] = field(default_factory=dict)
     probe: ProbeFactory | None = None
     shorten: ArgumentShortener | None = None
+    mask: MaskBuilder | None = None
+    counts_positions: bool = False
+    placement: Placement = PLACEHOLDERS
+    seen: Callable[[Mapping[str, Any], Tensor, Tensor], Tensor] = embedded
+    features: Callable[[Any], Any] = pooled_features
     joins_tiles: bool = False
     llm_sites: tuple[Site, ...] = ("projector", "decoder")
     encoder_sites: Mapping[Site, EncoderSiteFactory] = field(default_factory=dict)
@@ -63,7 +114,14 @@ class Family:
         return (*self.encoder_sites, *self.llm_sites)
 
 
-GENERIC = Family(name="generic")
+_GIVEN_GRIDS = {
+    "image": layouts.given_grid("image"),
+    "video": layouts.given_grid("video"),
+}
+GENERIC = Family(name="generic", layouts=_GIVEN_GRIDS)
+SQUARES = Family(
+    name="square images", layouts={"image": layouts.square_tiles, "video": layouts.square_tiles}
+)
 LLAVA = Family(
     name="LLaVA",
     layouts={"image": layouts.square_patches},
@@ -118,6 +176,40 @@ QWEN3_VL = Family(
     shorten=shorten_deepstack,
     encoder_sites=_QWEN_SITES,
 )
+GRANITE_DOCLING = Family(name="Granite-Docling", shorten=shorten_deepstack)
+GRANITE4_VISION = Family(
+    name="Granite 4 Vision",
+    shorten=shorten_layerwise,
+    seen=layerwise_features,
+    features=first_layer_features,
+    llm_sites=("projector",),
+)
+INKLING = Family(name="Inkling", placement=Placement(runs=True), mask=left_to_decoder)
+GEMMA3 = Family(name="Gemma 3", layouts={"image": layouts.square_tiles}, mask=blocks_then_window)
+GEMMA3N = Family(
+    name="Gemma 3n",
+    layouts={"image": layouts.square_tiles},
+    shorten=gather_arguments("per_layer_inputs"),
+    # Its layers pass on several streams of hidden states.
+    llm_sites=("projector",),
+)
+GEMMA4 = Family(
+    name="Gemma 4", shorten=gather_arguments("per_layer_inputs"), mask=blocks_then_window
+)
+GEMMA4_UNIFIED = Family(name="Gemma 4 unified", mask=window_then_blocks)
+PALIGEMMA = Family(
+    name="PaliGemma", layouts={"image": layouts.square_tiles}, mask=window_then_blocks
+)
+MOLMO2 = Family(name="Molmo 2", mask=window_then_blocks)
+IDEFICS = Family(name="Idefics", placement=MERGER)
+LLAMA4 = Family(name="Llama 4", layouts={"image": layouts.square_tiles}, features=last_features)
+BLIP = Family(name="Q-Former", counts_positions=True)
+PHI4_MULTIMODAL = Family(name="Phi-4-multimodal", llm_sites=("projector",))
+CHAMELEON = Family(name="Chameleon", llm_sites=("projector",))
+MLLAMA = Family(name="Llama 3.2 Vision", llm_sites=("projector",))
+FLORENCE2 = Family(name="Florence-2", llm_sites=("projector",))
+FUYU = Family(name="Fuyu", features=last_features)
+PIXTRAL = Family(name="Pixtral", layouts={"image": layouts.sized_patches})
 INTERNVL = Family(
     name="InternVL",
     layouts={"image": layouts.square_tiles},
@@ -150,17 +242,23 @@ def find_decoder(model: nn.Module) -> Any:
     return found
 
 
-def find_owner(model: nn.Module) -> Any:
+def find_owner(model: nn.Module, family: Family = GENERIC) -> Any:
     """The module that merges visual features into the text embeddings.
 
     Raises:
         UnsupportedModel: if the model does not place visual tokens in its sequence.
     """
+    method = family.placement.method
     for candidate in (getattr(model, "model", None), getattr(model, "base_model", None), model):
-        if isinstance(candidate, nn.Module) and hasattr(candidate, "get_placeholder_mask"):
+        if isinstance(candidate, nn.Module) and hasattr(candidate, method):
+            if not any(hasattr(candidate, f"get_{name}_features") for name in MODALITIES):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} reads neither images nor video: there is nothing to "
+                    "reduce."
+                )
             return candidate
     raise UnsupportedModel(
         f"{type(model).__name__} does not place visual tokens in the LLM's sequence by way of "
-        "get_placeholder_mask: it is a text-only model, or one whose visual tokens reach the LLM "
+        f"{method}: it is a text-only model, or one whose visual tokens reach the LLM "
         "in a way that no installed adapter knows."
     )

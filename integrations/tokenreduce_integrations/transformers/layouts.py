@@ -119,6 +119,46 @@ def merged_patches(modality: str) -> Any:
     return layouts
 
 
+def given_grid(modality: str) -> Any:
+    """Patches merged by a whole factor in each direction, with the grid given beside the pixels;
+    without it a line."""
+
+    def layouts(
+        owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> list[Layout]:
+        grids = arguments.get(f"{modality}_grid_thw")
+        if grids is None or len(grids) != len(features):
+            return [Layout.line(feature.shape[0]) for feature in features]
+        vision = getattr(owner.config, "vision_config", None)
+        frames = getattr(vision, "temporal_merge_size", 1) if modality == "video" else 1
+        return [
+            _merged_grid((t // frames, h, w), feature.shape[0])
+            for (t, h, w), feature in zip(grids.tolist(), features, strict=True)
+        ]
+
+    return layouts
+
+
+def sized_patches(
+    owner: Any, features: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> list[Layout]:
+    """Images of their own size, patches merged by a factor (Pixtral encoders)."""
+    config = owner.config
+    unit = config.vision_config.patch_size * config.spatial_merge_size
+    return [
+        grid_layout((int(height) // unit, int(width) // unit), feature.shape[0])
+        for (height, width), feature in zip(arguments["image_sizes"], features, strict=True)
+    ]
+
+
+def _merged_grid(grid: Sequence[int], count: int) -> Layout:
+    t, h, w = grid
+    merge = math.isqrt(t * h * w // count) if count else 0
+    if merge == 0:
+        return Layout.line(count)
+    return grid_layout((t, h // merge, w // merge), count)
+
+
 def _with_class_token(patches: Layout) -> Layout:
     first = torch.zeros(1, 4, dtype=torch.long)
     guarded = torch.arange(len(patches) + 1) == 0

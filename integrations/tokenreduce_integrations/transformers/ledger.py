@@ -138,8 +138,10 @@ class Ledger:
         cache.ledger = self
 
     @staticmethod
-    def view(cache: ReducedCache) -> Any:
+    def view(cache: Any) -> Any:
         """The cache as the LLM sees it: the same state under its original class."""
+        if not isinstance(cache, ReducedCache):
+            return cache
         kind = type(cache).__bases__[1]
         inner: Any = object.__new__(kind)
         inner.__dict__ = cache.__dict__

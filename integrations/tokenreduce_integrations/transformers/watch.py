@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -39,9 +42,9 @@ from tokenreduce_integrations.transformers.hooks import (
     restore_methods,
 )
 from tokenreduce_integrations.transformers.layouts import joined_tiles
+from tokenreduce_integrations.transformers.placement import MODALITIES, names_features
 from tokenreduce_integrations.transformers.probes import Probe
 
-MODALITIES = ("image", "video")
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
@@ -145,6 +148,24 @@ class VisualInput:
             replace(item, layout=layout) for item, layout in zip(items, layouts, strict=True)
         )
 
+    def expanded(self, batch: int) -> VisualInput:
+        """The same for a batch that repeats each prompt, as beams do after features are placed."""
+        times = batch // next(iter(self.masks.values())).shape[0]
+        if times == 1:
+            return self
+        prompts = iter(replace(self, joined=False, regions=Regions()).items)
+        encoded = {}
+        for modality, items in self.encoded.items():
+            placed = [(next(prompts).prompt, item) for item in items]
+            encoded[modality] = [
+                item
+                for _, group in itertools.groupby(placed, key=operator.itemgetter(0))
+                for _, item in list(group) * times
+            ]
+        masks = {name: mask.repeat_interleave(times, 0) for name, mask in self.masks.items()}
+        ids = None if self.input_ids is None else self.input_ids.repeat_interleave(times, 0)
+        return replace(self, masks=masks, encoded=encoded, input_ids=ids)
+
     @property
     def prompts(self) -> list[int]:
         """The row of each item."""
@@ -202,8 +223,24 @@ class _Call(threading.local):
         self.dense: dict[str, tuple[Tensor, list[EncodedItem]]] = {}
         self.masks: dict[str, Tensor] = {}
         self.input_ids: Tensor | None = None
+        self.told = True
         self.expected = False
         self.inside_wrapper = False
+
+
+class Handed(threading.local):
+    """In place of a watch, where the attachment itself finds the visual items of a call."""
+
+    def __init__(self) -> None:
+        self.visual: VisualInput | None = None
+
+    def take(self) -> VisualInput | None:
+        """The visual items of the call under way, once."""
+        visual, self.visual = self.visual, None
+        return visual
+
+    def detach(self) -> None:
+        """Nothing was wrapped."""
 
 
 class VisualWatch(Uncopyable):
@@ -227,10 +264,11 @@ class VisualWatch(Uncopyable):
         self.family = family
         self._site = site
         self._encoded_as = WeakTensorKeyDictionary()
+        self._latest: dict[str, list[Tensor]] = {}
         self._call = _Call()
         self._wrapped: dict[str, tuple[object, object]] = {}
         self._probe = probe
-        self._wrap("get_placeholder_mask", self._see_placeholders)
+        self._wrap(family.placement.method, self._see_placeholders)
         for modality in MODALITIES:
             if hasattr(owner, f"get_{modality}_features"):
                 see = functools.partial(self._see_features, modality)
@@ -249,6 +287,8 @@ class VisualWatch(Uncopyable):
         call = self._call
         masks, call.masks = call.masks, {}
         input_ids, call.input_ids = call.input_ids, None
+        if not call.told:
+            masks = {name: mask for name, mask in masks.items() if name in call.encoded}
         if not masks:
             return None
         call.expected = False
@@ -260,6 +300,8 @@ class VisualWatch(Uncopyable):
                     "of the two."
                 )
         encoded = {modality: call.encoded[modality] for modality in masks}
+        if self.family.placement.runs:
+            encoded = {modality: _runs(mask) for modality, mask in masks.items()}
         return VisualInput(masks, encoded, input_ids, joined=self.family.joins_tiles)
 
     def detach(self) -> None:
@@ -269,6 +311,7 @@ class VisualWatch(Uncopyable):
             AttachmentError: if another library wrapped the same methods since and its wrapper is
                 still in place; everything else is removed all the same.
         """
+        self._latest = {}
         with ExitStack() as rest:
             for part in (self._site, self._probe):
                 if part is not None:
@@ -313,12 +356,27 @@ class VisualWatch(Uncopyable):
             look(result, *args, **kwargs)
             return result
 
+        self.install(name, wrapper)
+
+    def install(self, name: str, wrapper: Callable[..., Any]) -> None:
+        """Put a wrapper of a method on the instance, to be taken off again by ``detach``."""
         self._wrapped[name] = (vars(self.owner).get(name, ABSENT), wrapper)
         setattr(self.owner, name, wrapper)
 
+    def place(self, modality: str, features: Tensor, mask: Tensor) -> None:
+        """Tell of features that no watched method encodes or places.
+
+        Args:
+            modality: ``"image"`` or ``"video"``.
+            features: ``(items, N, D)``.
+            mask: ``(B, S)`` columns that hold them.
+        """
+        items = [EncodedItem(Layout.line(feature.shape[0]), {}) for feature in features]
+        self._call.encoded, self._call.masks = {modality: items}, {modality: mask}
+
     def _see_features(self, modality: str, output: Any, arguments: Mapping[str, Any]) -> None:
         """Remember where the tokens of each encoded item lie, and its signals."""
-        pooled = getattr(output, "pooler_output", None)
+        pooled = self.family.features(output)
         if pooled is None:
             raise UnsupportedModel(
                 f"get_{modality}_features of {type(self.owner).__name__} gives no pooler_output: "
@@ -344,17 +402,17 @@ class VisualWatch(Uncopyable):
         if isinstance(pooled, Tensor):
             self._call.dense[modality] = (pooled.detach(), items)
             self._encoded_as[pooled] = items
+        self._latest[modality] = [feature.detach() for feature in features]
         self._call.encoded[modality] = items
 
     def _see_placeholders(self, output: Any, arguments: Mapping[str, Any]) -> None:
         """Remember which columns hold visual features, for the modalities that have features, and
         what the others say."""
-        self._call.input_ids = arguments.get("input_ids")
-        masks = output if isinstance(output, tuple) else (output,)
-        for index, modality in enumerate(MODALITIES):
-            if arguments.get(f"{modality}_features") is not None:
-                mask = masks[index] if len(masks) > 1 else masks[0]
-                self._call.masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
+        call = self._call
+        call.input_ids = arguments.get("input_ids")
+        call.told = names_features(arguments)
+        for modality, mask in self.family.placement.masks(self.owner, output, arguments).items():
+            call.masks[modality] = mask[..., 0] if mask.ndim == 3 else mask
 
     def _encoded_earlier(self, modality: str, pooled: Any) -> list[EncodedItem]:
         """What is known of features that were encoded before, perhaps repeated since for beams.
@@ -369,10 +427,28 @@ class VisualWatch(Uncopyable):
             known = self._encoded_as[pooled]
         else:
             known = _recognised(pooled, *self._call.dense.get(modality, (pooled[:0], [])))
+        for feature, item in zip(pooled, known, strict=True):
+            if item is None and self._is_cut(modality, feature):
+                raise AttachmentError(
+                    f"{modality} features came in other pieces than they were encoded in: the "
+                    "prompt was split (chunked prefill). Prefill in one call while a pipeline is "
+                    "attached."
+                )
         return [
             EncodedItem(Layout.line(feature.shape[0]), {}) if item is None else item
             for feature, item in zip(pooled, known, strict=True)
         ]
+
+    def _is_cut(self, modality: str, feature: Tensor) -> bool:
+        """Whether unknown features begin with a token of what was encoded last."""
+        first = feature.reshape(-1, feature.shape[-1])[:1]
+        cut = False
+        for whole in self._latest.get(modality, []):
+            if whole.shape == feature.shape and torch.equal(whole[:1], first):
+                return False
+            if whole.shape[-1] == first.shape[-1]:
+                cut |= bool((whole == first).all(-1).any())
+        return cut
 
     @outside_compilation
     def _before_owner(
@@ -388,7 +464,7 @@ class VisualWatch(Uncopyable):
         call.masks, call.encoded = {}, {}
         encoded = kwargs.get("mm_encoder_outputs") or {}
         for modality in MODALITIES:
-            pooled = getattr(encoded.get(modality), "pooler_output", None)
+            pooled = self.family.features(encoded.get(modality))
             if pooled is not None:
                 call.encoded[modality] = self._encoded_earlier(modality, pooled)
         pixels = any(kwargs.get(name) is not None for name in _PIXELS)
@@ -420,6 +496,14 @@ def _recognised(
         )
         for feature, row in zip(pooled, alike, strict=True)
     ]
+
+
+def _runs(mask: Tensor) -> list[EncodedItem]:
+    """Each run of placeholders as an item without geometry."""
+    before = functional.pad(mask, (1, 0))[:, :-1]
+    number = (mask & ~before).reshape(-1).cumsum(0)[mask.reshape(-1)]
+    _, counts = number.unique(return_counts=True)
+    return [EncodedItem(Layout.line(count), {}) for count in counts.tolist()]
 
 
 def _place(
