@@ -64,7 +64,7 @@ def layers_of(
 
     ``cuts`` are reducers with the share of the entered tokens that goes on, by layer.
     """
-    decoder = reference.text_decoder(case.model)
+    decoder = reference.text_decoder(case)
     hidden, columns = embeds, torch.arange(embeds.shape[1])
     whole = decoder.rotary_emb(hidden, positions[1:] if len(positions) == 4 else positions)
     stacked = deepstack(prompt, embeds.shape[1])

@@ -223,6 +223,6 @@ def register_model_adapters(register: Register) -> None:
     register(
         "vision-towers",
         f"{here}.towers:TowerAdapter",
-        models=tuple(f"{models}.{name}" for name in alone),
+        models=tuple(f"transformers.models.{name}" for name in alone),
         summary="CLIP, SigLIP, DINOv2 and InternViT encoders alone",
     )

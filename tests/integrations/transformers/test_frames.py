@@ -225,7 +225,8 @@ def prompts_of(case: Case, kept: list[list[int]]) -> list[ReducedPrompt]:
             deepstack["visual_pos_masks"] = visual[None]
             deepstack["deepstack_visual_embeds"] = [la[row, columns][visual] for la in layers]
         row_positions = positions[..., row : row + 1, columns]
-        prompts.append(ReducedPrompt(embeds[row, columns][None], row_positions, columns, deepstack))
+        row_embeds = embeds[row, columns][None]
+        prompts.append(ReducedPrompt(row_embeds, row_positions, columns, deepstack, row, prefill))
     return prompts
 
 

@@ -354,7 +354,7 @@ def positions_of_the_second_turn(case: Case) -> torch.Tensor:
     def see(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["position_ids"])
 
-    decoder = reference.text_decoder(case.model)
+    decoder = reference.text_decoder(case)
     handle = decoder.register_forward_pre_hook(see, with_kwargs=True)
     new_ids(Case(case.model, text, ()), past_key_values=first.past_key_values)
     handle.remove()
@@ -456,7 +456,7 @@ class Interrupt:
     """A hook that acts as Ctrl-C while a layer of the decoder runs."""
 
     def __init__(self, case: Case, layer: int) -> None:
-        layers = reference.text_decoder(case.model).layers
+        layers = reference.text_decoder(case).layers
         self.handle = layers[layer].register_forward_pre_hook(self)
 
     def __call__(self, *_: Any) -> None:

@@ -203,7 +203,7 @@ def test_members_of_a_cluster_carry_equal_features(case: Case) -> None:
         )[: case.inputs["input_ids"].shape[1]]
         case.inputs["attention_mask"][1] = 1
     embeds: list[torch.Tensor] = []
-    decoder = reference.text_decoder(case.model)
+    decoder = reference.text_decoder(case)
     with tr.attach(case.model, inside(MatchesKeys(keep_ratio=0.4))) as run:
         decoder.register_forward_pre_hook(
             lambda _, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True, prepend=True
