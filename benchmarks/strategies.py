@@ -60,7 +60,7 @@ def measure(name: str, n: int, batch: int, *, rounds: int, seconds: float) -> di
     try:
         reducer = subject.create(keep=k)
         with one_thread():
-            cost = measure_cost(reducer, tokens, rounds=rounds, seconds=seconds, best=True)
+            cost = measure_cost(reducer, tokens, rounds=rounds, seconds=seconds)
     except TokenReduceError as error:
         return {**row, "refused": f"{type(error).__name__}: {error}"}
     return {

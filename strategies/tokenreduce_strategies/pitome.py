@@ -116,8 +116,9 @@ class PiToMe(Merger):
             own = torch.arange(count, device=keys.device)
             stays = (goes == own).nonzero()[:, 1].reshape(tokens.batch, -1)
             joins = torch.searchsorted(stays, goes)
-            weights = group_weights(joins, sizes, stays.shape[1])
-            keys = merge_tokens(keys, weights, stays.shape[1])
-            sizes = torch.zeros_like(stays, dtype=sizes.dtype).scatter_add(1, joins, sizes)
             groups, positions = joins.gather(1, groups), positions.gather(1, stays)
+            if stays.shape[1] > k:
+                weights = group_weights(joins, sizes, stays.shape[1])
+                keys = merge_tokens(keys, weights, stays.shape[1])
+                sizes = torch.zeros_like(stays, dtype=sizes.dtype).scatter_add(1, joins, sizes)
         return Grouping(groups, positions)

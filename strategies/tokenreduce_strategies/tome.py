@@ -47,7 +47,6 @@ from torch import Tensor
 
 from tokenreduce.ops import (
     bipartite_soft_matching,
-    gather_tokens,
     group_weights,
     merge_tokens,
 )
@@ -105,11 +104,13 @@ def merge_rounds(tokens: VisualTokens, keys: Tensor, k: int) -> Grouping:
     positions = torch.arange(tokens.count, device=keys.device).expand(tokens.batch, -1)
     groups = positions
     while (count := positions.shape[1]) > k:
-        done = merge_round(keys, keys, sizes, min(count - k, count // 2))
-        order = done.stays.argsort(dim=1)
-        groups = order.argsort(dim=1).gather(1, done.groups).gather(1, groups)
-        keys, sizes = gather_tokens(done.features, order), done.sizes.gather(1, order)
-        positions = positions.gather(1, done.stays.gather(1, order))
+        matching = bipartite_soft_matching(keys, min(count - k, count // 2))
+        stays, order = matching.stays.sort(dim=1)
+        joins = order.argsort(dim=1).gather(1, matching.groups)
+        groups, positions = joins.gather(1, groups), positions.gather(1, stays)
+        if stays.shape[1] > k:
+            keys = merge_tokens(keys, group_weights(joins, sizes, stays.shape[1]), stays.shape[1])
+            sizes = torch.zeros_like(stays, dtype=sizes.dtype).scatter_add(1, joins, sizes)
     return Grouping(groups, positions)
 
 

@@ -591,7 +591,7 @@ def check_cost(subject: Subject) -> None:
     reducer = subject.create(keep=tokens.count // 8)
     limit = COST_LIMIT[subject.record.cost]
     with one_thread():
-        cost = measure_cost(reducer, tokens, rounds=7, best=True)
+        cost = measure_cost(reducer, tokens, rounds=7)
     if cost.grams > limit * SLACK:
         fail(
             f"took {cost.grams:.2f} Gram products of {tokens.count} tokens ({cost.ms:.0f} ms); its "
@@ -611,7 +611,7 @@ def check_frames(subject: Subject) -> None:
         tokens = subject.tokens(Layout.from_grid((frames, 12, 12)), channels=WIDTH)
         reducer = subject.create(keep=tokens.count // 8)
         with one_thread():
-            times.append(measure_cost(reducer, tokens, rounds=7, best=True).ms)
+            times.append(measure_cost(reducer, tokens, rounds=7).ms)
     if times[1] > 4 * SLACK * times[0]:
         fail(
             f"took {times[1] / times[0]:.1f} times as long for 4 times the frames "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
-import statistics
 import sys
 import time
 import warnings
@@ -58,16 +57,16 @@ def measure_cost(
     *,
     rounds: int = 5,
     seconds: float = 10.0,
-    best: bool = False,
 ) -> Cost:
-    """Time a strategy and its anchors, in turn, round after round.
+    """Time a strategy and its anchors, in turn, round after round; the shortest times count.
+
+    Load of the machine lengthens times, so that the shortest are disturbed least.
 
     Args:
         reducer: prepared.
         tokens: on the CPU.
         rounds: at most.
         seconds: no further round begins after so long.
-        best: give the shortest times, which load of the machine disturbs least, not the medians.
     """
     item = tokens.features[0]
 
@@ -81,8 +80,7 @@ def measure_cost(
     times: list[list[float]] = []
     while not times or (len(times) < rounds and time.perf_counter() - begin < seconds):
         times.append([_milliseconds(call) for call in calls])
-    middle = min if best else statistics.median
-    gram_ms, read_ms, ms = (middle(column) for column in zip(*times, strict=True))
+    gram_ms, read_ms, ms = (min(column) for column in zip(*times, strict=True))
     return Cost(
         ms=ms,
         gram_ms=gram_ms * tokens.batch,
