@@ -475,7 +475,7 @@ def register_strategies(register: Register) -> None:
         f"{here}.vidcom2:VidCom2",
         summary="Keeps what is unusual in its frame and in the video, more of unusual frames.",
         kind="prune",
-        cost="score",
+        cost="per_frame",
         needs_grid=True,
         parity="official",
         paper="2505.14454",

@@ -115,7 +115,8 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
     batch, n, _ = features.shape
     unit = unit_vectors(features)
     total = unit.sum(1, dtype=torch.float64).square().sum(1)
-    pairs = total - unit.square().sum((1, 2), dtype=torch.float64)
+    lengths = torch.linalg.vector_norm(unit, dim=2)
+    pairs = total - lengths.square().sum(1, dtype=torch.float64)
     threshold = (factor * pairs / (n * (n - 1)))[:, None]
     gram = unit @ unit.mT if n <= GRAM_LIMIT else None
     item = torch.arange(batch, device=features.device)[:, None]

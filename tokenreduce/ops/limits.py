@@ -16,5 +16,5 @@ def require_matrix(tokens: int, what: str) -> None:
         raise TokensError(
             f"{what} of {tokens} tokens need a matrix of that size squared, and no more than "
             f"{MATRIX_LIMIT} tokens are compared at once. Cut the item up (per_tile, per_segment), "
-            "or use a strategy of cost 'score', such as evs or vidcom2."
+            "or use a strategy of cost 'score', such as evs or vcast."
         )
