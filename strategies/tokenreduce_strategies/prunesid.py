@@ -113,12 +113,15 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
         ``(B, N)`` booleans.
     """
     batch, n, _ = features.shape
-    unit = unit_vectors(features)
-    total = unit.sum(1, dtype=torch.float64).square().sum(1)
-    lengths = torch.linalg.vector_norm(unit, dim=2)
+    table = unit_vectors(features)
+    total = table.sum(1, dtype=torch.float64).square().sum(1)
+    lengths = torch.linalg.vector_norm(table, dim=2)
     pairs = total - lengths.square().sum(1, dtype=torch.float64)
     threshold = (factor * pairs / (n * (n - 1)))[:, None]
-    gram = unit @ unit.mT if n <= GRAM_LIMIT else None
+    held = n <= GRAM_LIMIT
+    if held:
+        # The unit vectors are not needed beside their Gram matrix.
+        table = table @ table.mT
     item = torch.arange(batch, device=features.device)[:, None]
     place = torch.arange(n, device=features.device).expand(batch, n)
     order = attention.argsort(dim=1, descending=True, stable=True)
@@ -130,7 +133,7 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
         first.scatter_reduce_(1, groups, rank.masked_fill(~alive, n), "amin")
         mine = first.gather(1, groups)
         pick = order.gather(1, mine.clamp(max=n - 1))
-        cosine = gram[item, place, pick] if gram is not None else (unit * unit[item, pick]).sum(2)
+        cosine = table[item, place, pick] if held else (table * table[item, pick]).sum(2)
         newest = alive & (mine == rank)
         survives |= newest
         alive &= ~newest & (cosine <= threshold + TIE_TOLERANCE)
