@@ -36,7 +36,7 @@ def register_model_adapters(register: Register) -> None:
 
 @hookspec
 def register_neighbor_backends(register: Register) -> None:
-    """Register nearest-neighbour backends: ``register(name, "module:function")``."""
+    """Register nearest-neighbour backends: ``register(name, "module:Class")``."""
 
 
 @hookspec

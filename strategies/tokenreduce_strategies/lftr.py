@@ -32,15 +32,23 @@ Algorithm, for N tokens and a budget of k:
        group has its largest difference from any). Groups of least significance go until k are
        left; their tokens join the nearest of these if redundant beside it, else they go too. Each
        group becomes the size-weighted mean of its tokens, at its representative's place.
-    More than W = 4096 tokens after step 1 are cut into at most k equal runs of at most W where k
-    allows; steps 2 and 3 treat each run by itself with a share of k in proportion to its length.
+    More than W = 4096 tokens after step 1 are linked instead of compared with each other; the
+    representative of a run of links in time is its first token:
+    2'. each token is linked to its most similar earlier token. Its *novelty* is their difference;
+        it is redundant if that is at most ``redundant``.
+    3'. the k tokens of largest novelty stay, each at its own place; where more than k tokens are
+        not redundant, the k of those whose size (of the chain of redundant tokens that leads to
+        it) times novelty times difference from the whole is largest. The others follow their links
+        to one that stays, and join its group if they are redundant beside it, else they go.
 
 Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> ``(B, k, D)``. The
 count is exact for every layout. Protected tokens stand outside.
 
-Cost: time O(N D); grouping one Gram matrix of each run, O(n min(n, W) D) time and O(W^2) memory,
-then R <= ``spare`` k steps of O(n); space O(R n D + R^2). Memory beside the features O(N D).
-Nothing is N x N for large N.
+Cost: up to W tokens after step 1 one Gram matrix, O(n^2 D) time and O(n^2) memory, then
+R <= ``spare`` k steps of O(n); space O(R n D + R^2). Beyond, one search for earlier neighbours:
+exact, O(n^2 D) time; with FAISS, O(n sqrt(n)) on 128 projected channels. Memory beside the features
+is the result, O(N) numbers, and for FAISS an index of n x 128 bytes: nothing is N x N, and the
+features are not copied.
 
 From the abstracts: reduction along time by merging adjacent tokens, along space by dropping less
 significant ones; no training; a budget of up to 16x. Free choices, all ours:
@@ -50,6 +58,8 @@ significant ones; no training; a budget of up to 16x. Free choices, all ours:
     - split of the budget: time takes what its redundant links earn, space the rest;
     - representatives: spread ones (farthest first), more than are kept where there is that much to
       represent, so that step 3 chooses; by extent where there is not;
+    - long items: links to earlier tokens, which no window disturbs, in place of farthest-first
+      representatives, which need all pairs;
     - weighting: by size, so that a mean of means is the mean of the source tokens;
     - significance: the plain product, without exponents to tune;
     - ``redundant`` and ``spare`` were chosen on one small model with tuning scenes (see the
@@ -78,24 +88,26 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tokenreduce.budget import Budget
 from tokenreduce.errors import PipelineError
+from tokenreduce.neighbors import check_backend, nearest_earlier
 from tokenreduce.ops import (
     first_argmax,
     gather_tokens,
     group_weights,
     merge_tokens,
     top_k_indices,
-    unit_vectors,
 )
 from tokenreduce.ops.covering import (
     DISTANCE_NOISE,
     cosine_distance,
     covering_representatives,
 )
+from tokenreduce.ops.links import follow_links
+from tokenreduce.ops.similarity import directions
+from tokenreduce.ops.tracks import between, cosine_to, mean_direction, track_cosine, tracks, tubes
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
-from tokenreduce.tokens import Layout, VisualTokens
+from tokenreduce.tokens import VisualTokens
 
 RUN_TOKENS: Final = 4096
 """W: tokens of the largest Gram matrix, 64 MiB."""
@@ -122,6 +134,7 @@ class LFTR(Merger):
     still: float = 0.25
     redundant: float = 0.5
     spare: float = 2.0
+    neighbors: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,64 +145,71 @@ class LFTR(Merger):
                 )
         if not 1 <= self.spare < float("inf"):
             raise PipelineError(f"{self.name}: spare={self.spare} must be finite and at least 1.")
+        check_backend(self.neighbors)
 
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
-        order, linked = _places(tokens.layout)
-        clip = bool(linked.any())
-        # What remains after the temporal step differs between clips, and runs are many anyway.
-        step = 1 if clip else max(1, RUN_TOKENS**2 // tokens.count**2)
+        order, linked = (t.to(tokens.features.device) for t in tracks(tokens.layout))
+        one_by_one = bool(linked.any()) or tokens.count > RUN_TOKENS
+        # What remains after the temporal step differs between clips.
+        step = 1 if one_by_one else max(1, RUN_TOKENS**2 // tokens.count**2)
         parts = []
         for start in range(0, tokens.batch, step):
-            features = tokens.features[start : start + step].detach().float()
+            features = tokens.features[start : start + step].detach()
             sizes = tokens.sizes[start : start + step].float()
-            if clip:
-                parts.append(self._clip(features, sizes, order, linked, k))
+            if one_by_one:
+                parts.append(self._item(features[0], sizes, order, linked, k))
             else:
-                parts.append(self._space(features, sizes, k))
+                unit = directions(features)
+                parts.append(self._run(unit, sizes, *_whole(unit, sizes), k))
         groups, positions = (torch.cat(column) for column in zip(*parts, strict=True))
         return Grouping(groups, positions=positions)
 
-    def _clip(
+    def _item(
         self, features: Tensor, sizes: Tensor, order: Tensor, linked: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """All three steps for one clip ``(1, N, D)``; see :func:`_places` for the order."""
-        order, linked = order.to(features.device), linked.to(features.device)
-        unit = _directions(features)
-        _, spread = _whole(unit, sizes)
-        n = order.numel()
-        cosine = torch.full((n,), -torch.inf, device=features.device)
-        before = (unit[0, order[1:]] * unit[0, order[:-1]]).sum(-1)
-        cosine[order[1:]] = before.masked_fill(~linked[1:], -torch.inf)
+        """All three steps for one item ``(N, D)`` with sizes ``(1, N)``; see :func:`.tracks`."""
+        mean, n = mean_direction(features, sizes), order.numel()
+        spread = _spread(mean)
+        cosine = track_cosine(features, order, linked)
         repeats = cosine >= _least(spread, self.still)
         if int(repeats.sum()) > n - k:
             most = top_k_indices(cosine[None], n - k, scale=1.0)
             repeats = torch.zeros_like(repeats).index_fill(0, most[0], True)
-        begins = ~repeats[order]
-        tube = torch.empty_like(order)
-        tube[order] = begins.cumsum(0) - 1
-        heads, rank = order[begins].sort()
-        tube = rank.argsort()[tube][None]
+        heads, tube = tubes(order, repeats)
+        tube = tube[None]
         count = heads.numel()
-        merged = merge_tokens(features, group_weights(tube, sizes, count), count)
         weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube, sizes)
-        groups, positions = self._space(merged, weight, k)
+        if count > RUN_TOKENS:
+            groups, positions = self._link(features, heads, weight[0], mean, k)
+        else:
+            merge = group_weights(tube, sizes, count)
+            unit = directions(merge_tokens(features[None], merge, count, dtype=torch.float32))
+            groups, positions = self._run(unit, weight, *_whole(unit, weight), k)
         return groups.gather(1, tube), heads[positions]
 
-    def _space(self, features: Tensor, sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Steps 2 and 3, run by run: groups ``(b, n)`` and positions ``(b, k)``."""
-        unit = _directions(features)
-        mean, spread = _whole(unit, sizes)
-        runs = min(ceil(unit.shape[1] / RUN_TOKENS), k)
-        parts = list(zip(unit.tensor_split(runs, 1), sizes.tensor_split(runs, 1), strict=True))
-        shares = Budget(total=k).shares([part.shape[1] for _, part in parts])
-        groups, positions = [], []
-        start = first = 0
-        for (part, size), share in zip(parts, shares, strict=True):
-            group, position = self._run(part, size, mean, spread, share)
-            groups.append(torch.where(group < 0, group, group + first))
-            positions.append(position + start)
-            start, first = start + part.shape[1], first + share
-        return torch.cat(groups, 1), torch.cat(positions, 1)
+    def _link(
+        self, features: Tensor, heads: Tensor, sizes: Tensor, mean: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Steps 2' and 3' for the tokens at ``heads`` ``(n,)``, with ``sizes`` ``(n,)``."""
+        spread = _spread(mean)
+        cosine, link = nearest_earlier(features, heads, backend=self.neighbors)
+        cosine[0], link[0] = -1, 0
+        own = torch.arange(len(heads), device=heads.device)
+        novelty = cosine_distance(cosine) / spread
+        redundant = cosine >= _least(spread, self.redundant)
+        score, scale = novelty, 1 / spread
+        if int((~redundant).sum()) > k:
+            group = follow_links(torch.where(redundant, link, own))
+            size = torch.zeros_like(novelty).scatter_add(0, group, sizes)
+            unlike = cosine_distance(cosine_to(features, heads, mean[0])) / spread
+            score = size * novelty * unlike
+            score, scale = score.masked_fill(redundant, -torch.inf), size.amax() / spread
+        kept = top_k_indices(score[None], k, scale=scale)[0]
+        rank = torch.full_like(own, DROPPED).index_copy(0, kept, own[:k])
+        end = follow_links(torch.where((rank < 0) & redundant, link, own))
+        groups = rank[end]
+        lost = between(features, heads, heads[end]) < _least(spread, self.redundant)
+        return groups.masked_fill(lost & (end != own), DROPPED)[None], kept[None]
 
     def _run(
         self, unit: Tensor, sizes: Tensor, mean: Tensor, spread: Tensor, k: int
@@ -245,33 +265,16 @@ class LFTR(Merger):
         return group.scatter_reduce(1, picks, own.expand_as(picks), "amin", include_self=False)
 
 
-def _places(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Tokens ordered by place, then frame; and which follow their own place in the frame before.
-
-    Returns:
-        order ``(N,)``, and booleans ``(N,)`` in that order.
-    """
-    block, t, y, x = (column.unique(return_inverse=True)[1] for column in layout.coords.unbind(1))
-    place = (block * len(layout) + y) * len(layout) + x
-    order = t.argsort(stable=True)
-    order = order[place[order].argsort(stable=True)]
-    linked = torch.zeros(len(layout), dtype=torch.bool)
-    linked[1:] = (place[order].diff() == 0) & (t[order].diff() == 1)
-    return order, linked
-
-
-def _directions(features: Tensor) -> Tensor:
-    """Unit vectors; zero vectors, which have none, share one."""
-    unit = unit_vectors(features)
-    blank = ~unit.any(-1, keepdim=True)
-    return torch.where(blank, unit.shape[-1] ** -0.5, unit)
-
-
 def _whole(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Mean direction ``(b, D)``, and mean cosine distance of two tokens ``(b,)``."""
     share = sizes / sizes.sum(1, keepdim=True)
     mean = (share[:, None] @ unit).squeeze(1)
-    return mean, (1 - mean.square().sum(-1)).clamp(min=DISTANCE_NOISE)
+    return mean, _spread(mean)
+
+
+def _spread(mean: Tensor) -> Tensor:
+    """Mean cosine distance ``(b,)`` of two tokens whose mean direction is ``(b, D)``."""
+    return (1 - mean.square().sum(-1)).clamp(min=DISTANCE_NOISE)
 
 
 def _least(spread: Tensor, difference: float) -> Tensor:

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenreduce_strategies.lftr as module
-from tokenreduce.errors import PipelineError
+from tokenreduce.errors import PipelineError, UnknownName
+from tokenreduce.neighbors import exact
+from tokenreduce.ops import tracks as ops_tracks
+from tokenreduce.ops.tracks import tracks
 from tokenreduce.tokens import Layout, VisualTokens
 from tokenreduce_strategies.lftr import LFTR
 
@@ -266,30 +269,108 @@ def test_time_takes_no_more_than_the_budget_asks_for():
 def test_only_neighbouring_frames_are_linked():
     same = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2))
     other = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(3))
-    order, linked = module._places(Layout.from_grid((3, 1, 2)))
+    order, linked = tracks(Layout.from_grid((3, 1, 2)))
     assert order.tolist() == [0, 2, 4, 1, 3, 5]
     assert linked.tolist() == [False, True, True, False, True, True]
     # Two crops of one image share places and times but are not neighbours in time.
     tiles = torch.cat([Layout.from_grid((1, 2), block=block).coords for block in range(2)])
-    assert not bool(module._places(Layout(tiles))[1].any())
-    assert not bool(module._places(Layout.line(4))[1].any())
+    assert not bool(tracks(Layout(tiles))[1].any())
+    assert not bool(tracks(Layout.line(4))[1].any())
     # A token that comes back after another frame is not linked across it.
     clip = torch.cat([same, other, same], dim=1)
     reduction = LFTR(keep=2, spare=1.0)(VisualTokens.from_grid(clip, (3, 1, 1)))
     assert reduction.assignment.tolist() == [[0, 1, 0]]
 
 
-def test_runs_share_the_budget(monkeypatch):
+def long_oracle(features, frames, k, still=0.25, redundant=0.5):
+    """Steps 1, 2' and 3' of the card for one item of equal frames, in float64 and loops."""
+    x = np.asarray(features, np.float64)
+    n, place = len(x), len(x) // frames
+    u = np.array([v / np.linalg.norm(v) for v in x])
+    m = u.mean(0)
+    scale = 1 - m @ m
+
+    def d(a, b):
+        return (1 - u[a] @ u[b]) / scale
+
+    links = [(d(i, i - place), i) for i in range(place, n)]
+    follows = {i for _, i in sorted(link for link in links if link[0] <= still)[: n - k]}
+    tube = {}
+    for i in range(n):
+        tube[i] = tube[i - place] if i in follows else i
+    heads = sorted(set(tube.values()))
+    extent = {h: sum(owner == h for owner in tube.values()) for h in heads}
+    link = {h: min(heads[:r], key=lambda e: d(h, e)) for r, h in enumerate(heads) if r}
+    novelty = {h: d(h, e) for h, e in link.items()} | {heads[0]: 2 / scale}
+    alone = [h for h in heads if novelty[h] > redundant]
+
+    def end(h, ends):
+        while h not in ends:
+            h = link[h]
+        return h
+
+    score = novelty
+    if len(alone) > k:
+        size = dict.fromkeys(alone, 0)
+        for h in heads:
+            size[end(h, alone)] += extent[h]
+        score = {h: size[h] * novelty[h] * (1 - u[h] @ m) / scale for h in alone}
+    kept = sorted(sorted(score, key=lambda h: (-score[h], h))[:k])
+    groups = {h: [] for h in kept}
+    for i in range(n):
+        h = tube[i]
+        last = end(h, {*kept, *alone})
+        if last in groups and (h == last or d(h, last) <= redundant):
+            groups[last].append(i)
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("frames", "place", "k"), [(1, 90, 7), (1, 60, 40), (6, 20, 5), (6, 20, 40)]
+)
+@pytest.mark.parametrize("redundant", [0.3, 0.6])
+def test_long_items_equal_their_oracle(monkeypatch, frames, place, k, redundant, seed):
     monkeypatch.setattr(module, "RUN_TOKENS", 16)
-    features = structured(1, 50, channels=8, clusters=20, noise=0.3, seed=4)
-    reduction = LFTR(keep=10)(VisualTokens.from_grid(features, (5, 10)))
-    runs = torch.arange(50).tensor_split(4)
-    held = [int(torch.isin(reduction.positions[0], run).sum()) for run in runs]
-    assert sum(held) == 10
-    assert max(held) - min(held) <= 1
-    for position, members in groups_of(reduction).items():
-        (run,) = (run for run in runs if position in run)
-        assert set(members) <= set(run.tolist())
+    features = structured(frames, place, channels=16, clusters=12, noise=0.3, seed=seed)
+    reducer = LFTR(keep=k, redundant=redundant, neighbors="torch")
+    reduction = reducer(VisualTokens.from_grid(features, (frames, 1, place)))
+    expected = long_oracle(features, frames, k, redundant=redundant)
+    assert groups_of(reduction) == expected
+    means = torch.stack([features[group].mean(0) for group in expected.values()])
+    torch.testing.assert_close(reduction.features[0], means, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_of_a_long_item_change_nothing(monkeypatch):
+    monkeypatch.setattr(module, "RUN_TOKENS", 64)
+    features = structured(20, 30, channels=16, clusters=30, noise=0.4, seed=4)
+    tokens = VisualTokens.from_grid(features, (20, 5, 6))
+    whole = LFTR(reduction=8, neighbors="torch")(tokens)
+    monkeypatch.setattr(exact, "TILE_ROWS", 17)
+    monkeypatch.setattr(ops_tracks, "PART_TOKENS", 13)
+    tiled = LFTR(reduction=8, neighbors="torch")(tokens)
+    assert tiled.assignment.equal(whole.assignment)
+    torch.testing.assert_close(tiled.features, whole.features)
+
+
+def test_a_long_item_in_half_precision(monkeypatch):
+    monkeypatch.setattr(module, "RUN_TOKENS", 32)
+    features = structured(8, 30, channels=64, clusters=9, noise=0.3, seed=5).bfloat16()
+    reducer = LFTR(keep=40, neighbors="torch")
+    half = reducer(VisualTokens.from_grid(features, (8, 5, 6)))
+    full = reducer(VisualTokens.from_grid(features.float(), (8, 5, 6)))
+    assert half.assignment.equal(full.assignment)
+
+
+def test_content_that_returns_after_long_is_the_same_token(monkeypatch):
+    monkeypatch.setattr(module, "RUN_TOKENS", 16)
+    rng = torch.Generator().manual_seed(0)
+    shots = torch.randn(3, 1, 12, 32, generator=rng).expand(-1, 4, -1, -1)
+    clip = torch.cat([shots[0], shots[1], shots[2], shots[0]])
+    reduction = LFTR(keep=36)(VisualTokens.from_grid(clip.reshape(1, -1, 32), (16, 3, 4)))
+    frames = reduction.assignment.view(16, 12)
+    assert frames[12:].equal(frames[:1].expand(4, -1))
+    assert reduction.positions[0].tolist() == [*range(12), *range(48, 60), *range(96, 108)]
 
 
 @pytest.mark.parametrize(
@@ -299,3 +380,8 @@ def test_runs_share_the_budget(monkeypatch):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(PipelineError, match=next(iter(options))):
         LFTR(keep=4, **options)
+
+
+def test_an_unknown_neighbour_backend_is_refused():
+    with pytest.raises(UnknownName, match="Did you mean"):
+        LFTR(keep=4, neighbors="torhc")

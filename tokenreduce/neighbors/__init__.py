@@ -1,13 +1,14 @@
-"""Nearest-neighbour search: one function, with backends by registration.
+"""Nearest-neighbour search, with backends by registration.
 
 Built in: ``torch``, exact and tiled, on any device. A plugin adds others through the hook
-``register_neighbor_backends``; a backend is a function with the signature of :func:`nearest`
-without ``backend``.
+``register_neighbor_backends``; the FAISS ones come with the extra ``faiss``. ``"auto"`` chooses by
+the number of keys and the device, from measured crossovers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from tokenreduce.errors import TokensError
 from tokenreduce.plugins import installed
@@ -19,16 +20,24 @@ if TYPE_CHECKING:
 
     from tokenreduce.neighbors.exact import Metric
 
-__all__ = ["NeighborBackend", "nearest"]
+__all__ = ["NeighborBackend", "check_backend", "choose_backend", "nearest", "nearest_earlier"]
+
+#: Keys from which on a backend beats exact search on the CPU, in ascending order; measured by
+#: benchmarks/neighbors.py and recorded in benchmarks/results/neighbors_cpu.json.
+CROSSOVERS: Final = {"cpu": {"faiss-ivf": 4096}}
 
 
 class NeighborBackend(Protocol):
-    """A function that finds nearest neighbours."""
+    """What a plugin registers: a class, instantiated without arguments at every search."""
 
-    def __call__(
+    def nearest(
         self, queries: Tensor, keys: Tensor, k: int, *, metric: Metric, exclude_self: bool
     ) -> tuple[Tensor, Tensor]:
         """As :func:`nearest`."""
+        ...
+
+    def nearest_earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`nearest_earlier`."""
         ...
 
 
@@ -49,7 +58,7 @@ def nearest(
         k: how many, 1 <= k <= K (K - 1 with ``exclude_self``).
         metric: ``"cosine"`` similarity or ``"euclidean"`` distance.
         exclude_self: whether query i may not find key i (queries and keys are the same tokens).
-        backend: a registered backend.
+        backend: a registered backend, or ``"auto"``.
 
     Returns:
         values ``(B, Q, k)`` float32 (similarities, largest first, or distances, smallest first)
@@ -58,6 +67,7 @@ def nearest(
     Raises:
         TokensError: if shapes do not fit or fewer than ``k`` keys exist.
         UnknownName: if no plugin registered the backend.
+        MissingExtra: if it needs a package that is not installed.
     """
     if queries.ndim != 3 or keys.ndim != 3 or queries.shape[::2] != keys.shape[::2]:
         raise TokensError(
@@ -67,5 +77,68 @@ def nearest(
     available = keys.shape[1] - bool(exclude_self)
     if not 1 <= k <= available:
         raise TokensError(f"k={k} neighbours of {available} keys: k lies in [1, {available}].")
-    search = cast(NeighborBackend, installed().neighbor_backends.resolve(backend))
-    return search(queries, keys, k, metric=metric, exclude_self=exclude_self)
+    search = _resolve(backend, keys.shape[1], keys.device.type)
+    return search.nearest(queries, keys, k, metric=metric, exclude_self=exclude_self)
+
+
+def nearest_earlier(
+    features: Tensor, rows: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The most similar earlier token (cosine) of each of some tokens of an item.
+
+    Token ``rows[i]`` may find ``rows[j]`` for j < i. Nothing of the size of the features is
+    copied: rows are gathered tile by tile.
+
+    Args:
+        features: ``(N, D)``.
+        rows: ``(n,)`` indices of the tokens, in their order.
+        backend: a registered backend, or ``"auto"``.
+
+    Returns:
+        cosine ``(n,)`` float32 and place ``(n,)`` in ``rows`` of the token found; the first token,
+        which has none before it, gets ``-inf`` and -1. The exact backend gives ties to the lowest
+        place.
+
+    Raises:
+        TokensError: if shapes do not fit.
+        UnknownName: if no plugin registered the backend.
+        MissingExtra: if it needs a package that is not installed.
+    """
+    if features.ndim != 2 or rows.ndim != 1:
+        raise TokensError(
+            "features (N, D) and rows (n,) are needed, got "
+            f"{tuple(features.shape)} and {tuple(rows.shape)}."
+        )
+    # On average half of the tokens lie before a token.
+    search = _resolve(backend, rows.shape[0] // 2, features.device.type)
+    return search.nearest_earlier(features, rows)
+
+
+def choose_backend(keys: int, device: str) -> str:
+    """The backend that ``"auto"`` stands for: the fastest measured one that is installed.
+
+    Args:
+        keys: how many keys are searched.
+        device: type of the device that holds them.
+    """
+    chosen = "torch"
+    for name, crossover in CROSSOVERS.get(device, {}).items():
+        known = name in installed().neighbor_backends
+        if keys >= crossover and known and find_spec("faiss") is not None:
+            chosen = name
+    return chosen
+
+
+def check_backend(name: str) -> None:
+    """Check that a backend exists, without importing it.
+
+    Raises:
+        UnknownName: if it is neither ``"auto"`` nor registered.
+    """
+    if name != "auto":
+        installed().neighbor_backends[name]
+
+
+def _resolve(backend: str, keys: int, device: str) -> NeighborBackend:
+    name = choose_backend(keys, device) if backend == "auto" else backend
+    return cast(NeighborBackend, installed().neighbor_backends.resolve(name)())

@@ -5,14 +5,59 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenreduce.ops.selection import first_argmax, top_k_indices
-from tokenreduce.ops.similarity import unit_vectors
+from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax, top_k_indices
+from tokenreduce.ops.similarity import directions, unit_vectors
 
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 #: Entries of one tile of similarities: 16 Mi float32 values, 64 MiB.
 TILE_ENTRIES = 1 << 24
+
+#: Tokens of a side of the tiles in which earlier tokens are searched.
+TILE_ROWS = 1024
+
+
+class ExactSearch:
+    """See :class:`tokenreduce.neighbors.NeighborBackend`."""
+
+    def nearest(
+        self, queries: Tensor, keys: Tensor, k: int, *, metric: Metric, exclude_self: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`tokenreduce.neighbors.nearest`."""
+        return nearest_exact(queries, keys, k, metric=metric, exclude_self=exclude_self)
+
+    def nearest_earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`tokenreduce.neighbors.nearest_earlier`."""
+        count = rows.shape[0]
+        value = torch.full((count,), -torch.inf, device=rows.device)
+        index = torch.full_like(rows, -1)
+        for start in range(0, count, TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            queries = directions(features[rows[tile]])
+            value[tile], index[tile] = earlier_within(queries, start)
+            for before in range(0, start, TILE_ROWS):
+                cosine = queries @ directions(features[rows[before : before + TILE_ROWS]]).T
+                found = first_argmax(cosine, scale=1.0)
+                nearer(cosine.gather(1, found[:, None])[:, 0], found + before, value, index, tile)
+        return value, index
+
+
+def earlier_within(unit: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The most similar earlier one of ``(n, D)`` unit vectors, whose places begin at ``start``."""
+    cosine = unit @ unit.T
+    cosine.masked_fill_(torch.ones_like(cosine, dtype=torch.bool).triu_(), -torch.inf)
+    found = first_argmax(cosine, scale=1.0)
+    value = cosine.gather(1, found[:, None])[:, 0]
+    return value, (found + start).masked_fill(value == -torch.inf, -1)
+
+
+def nearer(value: Tensor, index: Tensor, best: Tensor, where: Tensor, tile: slice) -> None:
+    """Note neighbours that are nearer than the best so far, or as near and earlier."""
+    gain = value - best[tile]
+    better = (gain > TIE_TOLERANCE) | ((gain >= -TIE_TOLERANCE) & (index < where[tile]))
+    best[tile] = torch.where(better, value, best[tile])
+    where[tile] = torch.where(better, index, where[tile])
 
 
 def nearest_exact(

@@ -8,6 +8,6 @@ def register_neighbor_backends(register: Register) -> None:
     """The exact backend."""
     register(
         "torch",
-        "tokenreduce.neighbors.exact:nearest_exact",
+        "tokenreduce.neighbors.exact:ExactSearch",
         summary="exact, tiled, on any device that torch runs on",
     )

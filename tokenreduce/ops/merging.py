@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Entries of the tensor that are weighted at once: 1 Mi float32 values, 4 MiB.
+CHUNK_ENTRIES = 1 << 20
+
 
 class MergeWeights(NamedTuple):
     """A batch of sparse matrices as edges: output ``o`` receives ``value`` times source ``s``.
@@ -40,29 +43,36 @@ def group_weights(groups: Tensor, weights: Tensor, count: int) -> MergeWeights:
     return MergeWeights(output, source, value)
 
 
-def merge_tokens(tensor: Tensor, weights: MergeWeights, count: int) -> Tensor:
+def merge_tokens(
+    tensor: Tensor, weights: MergeWeights, count: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Apply a merge to any per-token tensor, accumulating in float32 (float64 stays float64).
 
     Args:
         tensor: ``(B, N, ...)`` floating point.
         weights: the edges.
         count: number of outputs, M.
+        dtype: type of the result; the tensor's if omitted.
 
     Returns:
-        ``(B, M, ...)`` of the tensor's type.
+        ``(B, M, ...)``.
     """
     batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-    value = weights.value.reshape(*weights.value.shape, *(1 for _ in tensor.shape[2:]))
     # The weights are float32, so the product is at least that wide.
-    contributions = tensor[batch, weights.source] * value
-    merged: Tensor = contributions.new_zeros(tensor.shape[0] * count, *tensor.shape[2:])
-    row = (weights.output + batch * count).flatten()
-    # index_add_ is fast but atomic, hence unordered, on CUDA; index_put_ sorts there first.
-    if merged.is_cuda:
-        merged.index_put_((row,), contributions.flatten(0, 1), accumulate=True)
-    else:
-        merged.index_add_(0, row, contributions.flatten(0, 1))
-    return merged.reshape(tensor.shape[0], count, *tensor.shape[2:]).to(tensor.dtype)
+    wide = torch.promote_types(tensor.dtype, weights.value.dtype)
+    merged: Tensor = tensor.new_zeros(tensor.shape[0] * count, *tensor.shape[2:], dtype=wide)
+    step = max(1, CHUNK_ENTRIES // max(1, batch.numel() * tensor[:1, :1].numel()))
+    for start in range(0, weights.value.shape[1], step):
+        output, source, value = (edge[:, start : start + step] for edge in weights)
+        value = value.reshape(*value.shape, *(1 for _ in tensor.shape[2:]))
+        contributions = (tensor[batch, source] * value).flatten(0, 1)
+        row = (output + batch * count).flatten()
+        # index_add_ is fast but atomic, hence unordered, on CUDA; index_put_ sorts there first.
+        if merged.is_cuda:
+            merged.index_put_((row,), contributions, accumulate=True)
+        else:
+            merged.index_add_(0, row, contributions)
+    return merged.reshape(tensor.shape[0], count, *tensor.shape[2:]).to(dtype or tensor.dtype)
 
 
 def compose(outer: MergeWeights, inner: MergeWeights, middle: int) -> MergeWeights:

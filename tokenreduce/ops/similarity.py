@@ -22,6 +22,21 @@ def unit_vectors(features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1, eps=SMALLEST_NORM)
 
 
+def directions(features: Tensor) -> Tensor:
+    """Unit vectors; zero vectors, which have no direction, share one.
+
+    Args:
+        features: ``(..., D)``.
+
+    Returns:
+        float32 of the same shape.
+    """
+    features = features.float()
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    unit: Tensor = features / norm.clamp(min=SMALLEST_NORM)
+    return unit.add_((norm == 0) * unit.shape[-1] ** -0.5)
+
+
 def similarity_to(unit: Tensor, index: Tensor, gram: Tensor | None) -> Tensor:
     """Cosine similarity of every token to one token of its item.
 

@@ -1,0 +1,80 @@
+"""Places of a clip followed through time, for clips of any length."""
+
+import torch
+from torch import Tensor
+
+from tokenreduce.ops.similarity import directions
+from tokenreduce.tokens import Layout
+
+#: Tokens that are copied at once: 4 MiB at 1024 channels in float32.
+PART_TOKENS = 1024
+
+
+def tracks(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tokens ordered by place, then frame; and which follow their own place in the frame before.
+
+    Returns:
+        order ``(N,)``, and booleans ``(N,)`` in that order.
+    """
+    block, t, y, x = (column.unique(return_inverse=True)[1] for column in layout.coords.unbind(1))
+    place = (block * len(layout) + y) * len(layout) + x
+    order = t.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    linked = torch.zeros(len(layout), dtype=torch.bool)
+    linked[1:] = (place[order].diff() == 0) & (t[order].diff() == 1)
+    return order, linked
+
+
+def track_cosine(features: Tensor, order: Tensor, linked: Tensor) -> Tensor:
+    """Cosine of each token with its own place in the frame before.
+
+    Args:
+        features: ``(N, D)``.
+        order: as :func:`tracks` gives it, on the features' device.
+        linked: the same.
+
+    Returns:
+        ``(N,)`` float32; ``-inf`` for tokens that follow none.
+    """
+    cosine = torch.full(order.shape, -torch.inf, device=features.device)
+    cosine[order[1:]] = between(features, order[1:], order[:-1])
+    return cosine.index_fill_(0, order[~linked], -torch.inf)
+
+
+def tubes(order: Tensor, repeats: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of tokens that each repeat their own place in the frame before.
+
+    Args:
+        order: as :func:`tracks` gives it.
+        repeats: ``(N,)`` which tokens do.
+
+    Returns:
+        heads ``(n,)``, the first token of each run, ascending; and ``(N,)`` the run of each token.
+    """
+    begins = ~repeats[order]
+    tube = torch.empty_like(order)
+    tube[order] = begins.cumsum(0) - 1
+    heads, rank = order[begins].sort()
+    return heads, rank.argsort()[tube]
+
+
+def mean_direction(features: Tensor, sizes: Tensor) -> Tensor:
+    """``(1, D)`` mean of the directions of tokens ``(N, D)``, weighted by sizes ``(1, N)``."""
+    share = sizes / sizes.sum(1, keepdim=True)
+    mean = torch.zeros(1, features.shape[1], device=features.device)
+    for part, weight in zip(features.split(PART_TOKENS), share.split(PART_TOKENS, 1), strict=True):
+        mean += weight @ directions(part)
+    return mean
+
+
+def cosine_to(features: Tensor, rows: Tensor, direction: Tensor) -> Tensor:
+    """Inner product ``(n,)`` of the directions of the tokens at ``rows`` with one ``(D,)``."""
+    return torch.cat([directions(features[part]) @ direction for part in rows.split(PART_TOKENS)])
+
+
+def between(features: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Cosine ``(n,)`` of the tokens at ``one`` and those at ``other``, both ``(n,)``."""
+    pairs = zip(one.split(PART_TOKENS), other.split(PART_TOKENS), strict=True)
+    return torch.cat(
+        [(directions(features[a]) * directions(features[b])).sum(-1) for a, b in pairs]
+    )
