@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tokenreduce.reducer import Selector as Selector
     from tokenreduce.reduction import Reduction as Reduction
     from tokenreduce.stage import Stage as Stage
+    from tokenreduce.stream import TokenStream as TokenStream
     from tokenreduce.tokens import Layout as Layout
     from tokenreduce.tokens import VisualTokens as VisualTokens
     from tokenreduce.wrappers import chain as chain
@@ -64,6 +65,7 @@ _HOMES = {
     "reducer": ("Grouping", "Merger", "Reducer", "Scorer", "Selector"),
     "reduction": ("Reduction",),
     "stage": ("Stage",),
+    "stream": ("TokenStream",),
     "tokens": ("Layout", "VisualTokens"),
     "wrappers": ("chain", "per_frame", "per_segment", "per_tile"),
 }

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from tokenreduce.ops.selection import top_k_indices
 from tokenreduce.plugins import installed
 from tokenreduce.reduction import DROPPED, Reduction
 from tokenreduce.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from tokenreduce.stream import TokenStream
 
 BUDGET_FIELDS = ("keep", "keep_ratio", "reduction")
 
@@ -206,6 +209,17 @@ class Reducer(ABC):
         if tokens.layout.protected_count == 0:
             return self._reduce_free(tokens)
         return _reinstate_protected(tokens, self._reduce_free(tokens.select(tokens.layout.free)))
+
+    def stream(self, *, budget: int, window: int | None = None) -> TokenStream:
+        """Reduce a clip while its frames arrive; see :class:`tokenreduce.stream.TokenStream`.
+
+        Args:
+            budget: most tokens to hold; it replaces the reducer's own budget.
+            window: tokens that arrive before they are reduced.
+        """
+        from tokenreduce.stream import WINDOW, TokenStream
+
+        return TokenStream(self, budget=budget, window=WINDOW if window is None else window)
 
     def reason_to_keep_all(self, free: int) -> str:
         """Why an item of ``free`` unprotected tokens stays as it is; empty if it is reduced."""

@@ -1,0 +1,112 @@
+"""A stream: the batch result while all fits, and whatever it is fed in bounded memory beyond."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenreduce as tr
+from support.reducers import KeepsAll
+from tokenreduce.errors import BudgetError, MissingSignal, TokensError
+
+LFTR = tr.create_strategy("lftr", neighbors="torch")
+TOPK = tr.create_strategy("norm-topk")
+
+
+def frames(count: int, side: int = 4, channels: int = 16, *, seed: int = 0) -> torch.Tensor:
+    """A still scene with noise and a cut every ten frames, ``(count, side * side, channels)``."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = torch.randn(count // 10 + 1, side * side, channels, generator=generator)
+    clip = scenes.repeat_interleave(10, 0)[:count]
+    return clip + 0.2 * torch.randn(clip.shape, generator=generator)
+
+
+def fed(reducer, clip, *, step=1, **options) -> tr.TokenStream:
+    stream = reducer.stream(**options)
+    for part in clip.split(step):
+        stream.feed(part.flatten(0, 1), (len(part), 4, 4))
+    return stream
+
+
+@pytest.mark.parametrize("name", ["lftr", "norm-topk", "divprune", "uniform", "tome"])
+def test_what_fits_the_window_is_reduced_as_a_whole(name) -> None:
+    clip = frames(12)
+    reducer = tr.create_strategy(name)
+    stream = fed(reducer, clip, budget=30, window=200)
+    whole = tr.VisualTokens.from_grid(clip.flatten(0, 1), (12, 4, 4))
+    batch = reducer.with_budget(keep=30)(whole)
+    tokens = stream.tokens()
+    assert stream.positions().equal(batch.positions[0])
+    torch.testing.assert_close(tokens.features, batch.features)
+    assert tokens.layout == whole.layout.select(batch.positions[0])
+    assert tokens.sizes.equal(batch.group_sizes())
+
+
+@pytest.mark.parametrize("reducer", [LFTR, TOPK])
+def test_how_frames_are_fed_does_not_matter(reducer) -> None:
+    clip = frames(60)
+    streams = [fed(reducer, clip, step=step, budget=50, window=128) for step in (1, 7, 60)]
+    for stream in streams[1:]:
+        assert stream.positions().equal(streams[0].positions())
+        assert stream.tokens().features.equal(streams[0].tokens().features)
+
+
+def test_the_budget_holds_at_any_time_and_asking_changes_nothing() -> None:
+    clip = frames(60)
+    asked, quiet = LFTR.stream(budget=50, window=100), LFTR.stream(budget=50, window=100)
+    for number, frame in enumerate(clip, 1):
+        for stream in (asked, quiet):
+            stream.feed(frame, (4, 4))
+        tokens = asked.tokens()
+        assert tokens.count == min(50, 16 * number)
+        positions = asked.positions()
+        assert bool((positions.diff() > 0).all())
+        t, y, x = tokens.layout.coords[:, 1:].unbind(1)
+        assert positions.equal(t * 16 + y * 4 + x)
+    assert asked.positions().equal(quiet.positions())
+    assert (asked.seen, asked.frames) == (960, 60)
+
+
+def test_nothing_is_lost_of_what_merges() -> None:
+    """Tokens of a clip of still scenes merge into means of their whole extent."""
+    clip = frames(40) * 0 + frames(40, seed=1)[:1]
+    stream = fed(LFTR, clip, budget=16, window=64)
+    tokens = stream.tokens()
+    assert tokens.sizes.tolist() == [[40.0] * 16]
+    torch.testing.assert_close(tokens.features[0], clip[0], rtol=1e-4, atol=1e-4)
+
+
+def test_norm_topk_is_exact_at_any_length() -> None:
+    clip = frames(100)
+    stream = fed(TOPK, clip, budget=20, window=64)
+    batch = TOPK.with_budget(keep=20)(tr.VisualTokens.from_grid(clip.flatten(0, 1), (100, 4, 4)))
+    assert stream.positions().equal(batch.positions[0])
+
+
+def test_a_frame_larger_than_the_window() -> None:
+    stream = TOPK.stream(budget=5, window=10)
+    stream.feed(frames(3).flatten(0, 1), (3, 4, 4))
+    whole = tr.VisualTokens.from_grid(frames(3).flatten(0, 1), (3, 4, 4))
+    assert stream.positions().equal(TOPK.with_budget(keep=5)(whole).positions[0])
+
+
+def test_what_a_stream_cannot_do_is_refused() -> None:
+    clip = frames(2)
+    with pytest.raises(BudgetError, match="at least one"):
+        TOPK.stream(budget=0)
+    with pytest.raises(TokensError, match="window"):
+        TOPK.stream(budget=3, window=0)
+    with pytest.raises(MissingSignal, match="class_attention"):
+        tr.create_strategy("fastervlm").stream(budget=3)
+    with pytest.raises(TokensError, match="full grid"):
+        tr.create_strategy("avg-pool").stream(budget=3)
+    stream = TOPK.stream(budget=3)
+    with pytest.raises(TokensError, match="nothing was fed"):
+        stream.tokens()
+    with pytest.raises(TokensError, match="their grid"):
+        stream.feed(clip[0], (3, 4))
+    stream.feed(clip[0], (4, 4))
+    with pytest.raises(TokensError, match="channels"):
+        stream.feed(clip[0].double(), (4, 4))
+    with pytest.raises(BudgetError, match="does not meet a budget"):
+        fed(KeepsAll(), frames(40), budget=3, window=20)
