@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import DROPPED, Reduction
 from tokenreduce.tokens import Layout, VisualTokens
+
+#: Tokens of groups that are copied at once, over all items of a batch.
+COPIED_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +59,10 @@ class GroupWise(Reducer):
         """``(N,)`` group of each token, from its ``(N, 4)`` coordinates (block, t, y, x)."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        labels = self.group_of(tokens.layout.coords).unique(return_inverse=True)[1]
-        members = [(labels == g).nonzero().squeeze(1) for g in range(int(labels.max()) + 1)]
-        reducers = self._reducers([len(m) for m in members])
-        items = [
-            VisualTokens(
-                part.features,
-                _relative(part.layout),
-                sizes=part.sizes,
-                signals=part.signals,
-            )
-            for part in (tokens.select(m) for m in members)
-        ]
-        return _scatter_groups(tokens, members, items, reducers)
+        labels = self.group_of(tokens.layout.coords)
+        order = labels.argsort(stable=True)
+        counts = labels[order].unique_consecutive(return_counts=True)[1].tolist()
+        return _reduce_groups(tokens, list(order.split(counts)), self._reducers(counts))
 
     def _reducers(self, counts: list[int]) -> list[Reducer]:
         if self.budget is None:
@@ -197,22 +192,45 @@ def _relative(layout: Layout) -> Layout:
     return Layout(layout.coords - origin, layout.protected)
 
 
-def _scatter_groups(
-    tokens: VisualTokens,
-    members: list[Tensor],
-    groups: list[VisualTokens],
-    reducers: list[Reducer],
+def _reduce_groups(
+    tokens: VisualTokens, members: list[Tensor], reducers: list[Reducer]
 ) -> Reduction:
-    """Reduce groups of a batch, bucketed, and put the outputs back in source order."""
-    batch, device = tokens.batch, tokens.features.device
-    items = [group.item(b) for b in range(batch) for group in groups]
-    reductions = reduce_packed(PackedTokens.from_items(items), reducers * batch)
-    index = [m.to(device) for m in members]
-    whole = []
-    for b in range(batch):
-        parts = reductions[b * len(groups) : (b + 1) * len(groups)]
-        whole.append(_join(tokens, index, parts))
-    return _stack(whole, strategy="group-wise")
+    """Reduce groups of a batch, bucketed, and put the outputs back in source order.
+
+    Tokens are copied for a number of groups at a time, not for all of them.
+    """
+    batch = tokens.batch
+    parts: list[list[Reduction]] = [[] for _ in range(batch)]
+    runs = _runs([batch * len(m) for m in members])
+    for run in runs:
+        items = [_group(tokens, m) for m in members[run]]
+        packed = PackedTokens.from_items([item.item(b) for b in range(batch) for item in items])
+        reductions = reduce_packed(packed, reducers[run] * batch)
+        if len(runs) > 1:
+            # A view of what it was made from would keep that alive.
+            reductions = [replace(each, features=each.features.clone()) for each in reductions]
+        for b, part in enumerate(parts):
+            part += reductions[b * len(items) : (b + 1) * len(items)]
+    index = [m.to(tokens.features.device) for m in members]
+    return _stack([_join(tokens, index, part) for part in parts], strategy="group-wise")
+
+
+def _runs(counts: list[int]) -> list[slice]:
+    """Runs of groups that hold no more than :data:`COPIED_TOKENS`, or one group."""
+    starts, held = [0], 0
+    for group, count in enumerate(counts):
+        if held and held + count > COPIED_TOKENS:
+            starts.append(group)
+            held = 0
+        held += count
+    return [slice(*ends) for ends in pairwise([*starts, len(counts)])]
+
+
+def _group(tokens: VisualTokens, members: Tensor) -> VisualTokens:
+    part = tokens.select(members)
+    return VisualTokens(
+        part.features, _relative(part.layout), sizes=part.sizes, signals=part.signals
+    )
 
 
 def _join(tokens: VisualTokens, index: list[Tensor], parts: list[Reduction]) -> Reduction:
@@ -223,9 +241,11 @@ def _join(tokens: VisualTokens, index: list[Tensor], parts: list[Reduction]) -> 
     assignment = rank.new_full((tokens.count,), DROPPED)
     edges: list[MergeWeights] = []
     merged = any(part.weights is not None for part in parts)
+    features = tokens.features.new_empty(len(order), tokens.features.shape[2])
     start = 0
     for m, part in zip(index, parts, strict=True):
         own = rank[start : start + part.kept]
+        features[own] = part.features[0]
         flowed = part.assignment[0]
         assignment[m] = torch.where(flowed < 0, DROPPED, own[flowed.clamp(min=0)])
         if merged:
@@ -244,7 +264,7 @@ def _join(tokens: VisualTokens, index: list[Tensor], parts: list[Reduction]) -> 
         ]
         synthetic = torch.cat(flags)[order][None]
     return Reduction(
-        features=torch.cat([part.features[0] for part in parts])[order][None],
+        features=features[None],
         positions=positions[order][None],
         assignment=assignment[None],
         weights=MergeWeights(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import tokenreduce as tr
 from support.reducers import EveryOther, UnevenRandom
+from tokenreduce import wrappers
 from tokenreduce.errors import BudgetError, PipelineError, ReductionError
 from tokenreduce.reducer import Reducer
 from tokenreduce.wrappers import Chain
@@ -94,3 +98,44 @@ def test_items_that_keep_different_counts_do_not_fit_a_dense_batch() -> None:
     tokens = clip(frames=6, side=4, batch=4)
     with pytest.raises(ReductionError, match="different counts"):
         tr.chain(UnevenRandom())(tokens)
+
+
+@pytest.mark.parametrize("inner", ["divprune", "tome", "lftr"])
+def test_groups_that_are_copied_in_runs_change_nothing(monkeypatch, inner) -> None:
+    tokens = clip(frames=9, side=4)
+    reducer = tr.per_frame(tr.create_strategy(inner), keep=20)
+    whole = reducer(tokens)
+    monkeypatch.setattr(wrappers, "COPIED_TOKENS", 70)
+    runs = reducer(tokens)
+    assert runs.positions.equal(whole.positions)
+    assert runs.assignment.equal(whole.assignment)
+    torch.testing.assert_close(runs.features, whole.features)
+
+
+PEAK = """
+import resource, sys, torch
+import tokenreduce as tr
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+frames = 520
+reducer = {
+    "image": tr.per_frame(tr.create_strategy("divprune"), keep_ratio=0.0625),
+    "video": tr.per_segment(tr.create_strategy("dycoke"), frames=8, keep_ratio=0.25),
+}[sys.argv[1]]
+clip = torch.randn(frames * 196, 512)
+reducer(tr.VisualTokens.from_grid(clip[: 196 * 64], (64, 14, 14)))
+tokens = tr.VisualTokens.from_grid(clip, (frames, 14, 14))
+before = peak()
+assert reducer(tokens).kept < 196 * frames
+print((peak() - before) / (clip.numel() * 4))
+"""
+
+
+@pytest.mark.parametrize(("kind", "most"), [("image", 0.25), ("video", 0.6)])
+def test_a_hundred_thousand_tokens_in_bounded_memory(kind, most) -> None:
+    """Beside the features: the result twice (a quarter for the clip) and a run of groups."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, kind], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= most
