@@ -199,20 +199,24 @@ def _reduce_groups(
 
     Tokens are copied for a number of groups at a time, not for all of them.
     """
-    batch = tokens.batch
-    parts: list[list[Reduction]] = [[] for _ in range(batch)]
-    runs = _runs([batch * len(m) for m in members])
-    for run in runs:
+    batch, device = tokens.batch, tokens.features.device
+    room = sum(map(_most, members, reducers))
+    wholes = [_Whole(tokens.features[b], room) for b in range(batch)]
+    index = [m.to(device) for m in members]
+    for run in _runs([batch * len(m) for m in members]):
         items = [_group(tokens, m) for m in members[run]]
         packed = PackedTokens.from_items([item.item(b) for b in range(batch) for item in items])
         reductions = reduce_packed(packed, reducers[run] * batch)
-        if len(runs) > 1:
-            # A view of what it was made from would keep that alive.
-            reductions = [replace(each, features=each.features.clone()) for each in reductions]
-        for b, part in enumerate(parts):
-            part += reductions[b * len(items) : (b + 1) * len(items)]
-    index = [m.to(tokens.features.device) for m in members]
-    return _stack([_join(tokens, index, part) for part in parts], strategy="group-wise")
+        for i, part in enumerate(reductions):
+            b, group = divmod(i, len(items))
+            wholes[b].add(index[run][group], part)
+    return _stack([whole.reduction() for whole in wholes], strategy="group-wise")
+
+
+def _most(members: Tensor, reducer: Reducer) -> int:
+    """The most tokens that a group may keep."""
+    exact = reducer.budget is not None and reducer.count_class == "exact"
+    return reducer.count(len(members)) if exact else len(members)
 
 
 def _runs(counts: list[int]) -> list[slice]:
@@ -233,47 +237,74 @@ def _group(tokens: VisualTokens, members: Tensor) -> VisualTokens:
     )
 
 
-def _join(tokens: VisualTokens, index: list[Tensor], parts: list[Reduction]) -> Reduction:
-    """One item's reduction from those of its groups."""
-    positions = torch.cat([m[part.positions[0]] for m, part in zip(index, parts, strict=True)])
-    order = positions.argsort()
-    rank = order.argsort()
-    assignment = rank.new_full((tokens.count,), DROPPED)
-    edges: list[MergeWeights] = []
-    merged = any(part.weights is not None for part in parts)
-    features = tokens.features.new_empty(len(order), tokens.features.shape[2])
-    start = 0
-    for m, part in zip(index, parts, strict=True):
-        own = rank[start : start + part.kept]
-        features[own] = part.features[0]
+class _Whole:
+    """One item's reduction, written group by group into memory set aside at the start.
+
+    Small tensors that outlived the large ones of their run would leave holes between these, and
+    the heap would grow with the number of runs.
+
+    Args:
+        features: ``(N, D)`` of the item.
+        room: the most tokens that all groups may keep.
+    """
+
+    def __init__(self, features: Tensor, room: int) -> None:
+        count = len(features)
+        self.features = features.new_empty(room, features.shape[1])
+        self.positions = torch.empty(room, dtype=torch.long, device=features.device)
+        self.assignment = torch.full((count,), DROPPED, device=features.device)
+        self.synthetic = torch.zeros(room, dtype=torch.bool, device=features.device)
+        whole = torch.empty(2, count, dtype=torch.long, device=features.device)
+        value = features.new_empty(count, dtype=torch.float32)
+        self.edges = MergeWeights(whole[0], whole[1], value)
+        self.kept = self.edge_count = 0
+        self.merged = self.has_synthetic = False
+
+    def add(self, members: Tensor, part: Reduction) -> None:
+        """Write the reduction of the tokens at ``members``."""
+        own = slice(self.kept, self.kept + part.kept)
+        self.features[own] = part.features[0]
+        self.positions[own] = members[part.positions[0]]
         flowed = part.assignment[0]
-        assignment[m] = torch.where(flowed < 0, DROPPED, own[flowed.clamp(min=0)])
-        if merged:
-            weights = part.weights if part.weights is not None else part._selection()
-            edges.append(
-                MergeWeights(own[weights.output[0]], m[weights.source[0]], weights.value[0])
+        self.assignment[members] = torch.where(flowed < 0, DROPPED, flowed + self.kept)
+        if part.synthetic is not None:
+            self.synthetic[own] = part.synthetic[0]
+            self.has_synthetic = True
+        self.merged |= part.weights is not None
+        weights = part.weights if part.weights is not None else part._selection()
+        self._add_edges(weights.output[0] + self.kept, members[weights.source[0]], weights.value[0])
+        self.kept += part.kept
+
+    def _add_edges(self, *edges: Tensor) -> None:
+        stop = self.edge_count + len(edges[0])
+        if stop > len(self.edges.value):
+            # Soft merges have more edges than tokens.
+            self.edges = MergeWeights(
+                *(torch.cat([old, old.new_empty(stop)]) for old in self.edges)
             )
-        start += part.kept
-    synthetic = None
-    if any(part.synthetic is not None for part in parts):
-        flags = [
-            part.synthetic[0]
-            if part.synthetic is not None
-            else torch.zeros_like(part.positions[0], dtype=torch.bool)
-            for part in parts
-        ]
-        synthetic = torch.cat(flags)[order][None]
-    return Reduction(
-        features=features[None],
-        positions=positions[order][None],
-        assignment=assignment[None],
-        weights=MergeWeights(
-            *(torch.cat([edge[axis] for edge in edges])[None] for axis in range(3))
+        for column, new in zip(self.edges, edges, strict=True):
+            column[self.edge_count : stop] = new
+        self.edge_count = stop
+
+    def reduction(self) -> Reduction:
+        """The outputs in source order."""
+        features, positions = self.features[: self.kept], self.positions[: self.kept]
+        synthetic, assignment = self.synthetic[: self.kept], self.assignment
+        output, source, value = (column[: self.edge_count] for column in self.edges)
+        if bool((positions.diff() < 0).any()):
+            order = positions.argsort()
+            rank = order.argsort()
+            features, positions, synthetic = features[order], positions[order], synthetic[order]
+            assignment = torch.where(assignment < 0, DROPPED, rank[assignment.clamp(min=0)])
+            output = rank[output]
+        weights = MergeWeights(output[None], source[None], value[None]) if self.merged else None
+        return Reduction(
+            features=features[None],
+            positions=positions[None],
+            assignment=assignment[None],
+            weights=weights,
+            synthetic=synthetic[None] if self.has_synthetic else None,
         )
-        if merged
-        else None,
-        synthetic=synthetic,
-    )
 
 
 def _stack(items: list[Reduction], *, strategy: str) -> Reduction:
