@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from tokenreduce.budget import Budget
 from tokenreduce.errors import BudgetError, MissingSignal, TokensError
+from tokenreduce.ops.merging import merge_tokens
+from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout, VisualTokens
 
 if TYPE_CHECKING:
     from tokenreduce.reducer import Reducer
 
 #: Tokens that arrive before the stream is reduced again.
-WINDOW = 16384
+WINDOW = 8192
+
+#: Tokens that move, and channels that merge, at once.
+BLOCK = 128
 
 
 class TokenStream:
@@ -25,8 +31,12 @@ class TokenStream:
     Frames are gathered until the window is full; then what is held and what is new are reduced
     together to the budget, by the strategy itself, with sizes that say what each token stands for.
     Up to ``budget + window`` tokens the result is that of the whole clip at once; beyond, the
-    strategy sees earlier frames through the tokens that it kept of them. How frames are cut into
-    calls of :meth:`feed` does not matter.
+    strategy sees earlier frames through the tokens that it kept of them, as they arrived. What
+    merges into those is carried beside them, weighted as the strategy says. How frames are cut
+    into calls of :meth:`feed` does not matter.
+
+    Memory: the budget and a window; where the strategy merges, the budget again for what merged;
+    and once more while it reduces.
 
     Args:
         reducer: the strategy; a budget of its own is replaced.
@@ -64,6 +74,7 @@ class TokenStream:
         self.seen = self.frames = 0
         self._held = 0
         self._features: Tensor | None = None
+        self._merged: Tensor | None = None
         self._coords = torch.zeros(budget + window, 4, dtype=torch.long)
         self._positions = torch.zeros(budget + window, dtype=torch.long)
         self._sizes = torch.ones(budget + window)
@@ -109,43 +120,89 @@ class TokenStream:
         Raises:
             TokensError: if nothing was fed yet.
         """
-        return self._result()[0]
+        held = self._gathered()
+        reduction = self._choose(held)
+        if reduction is None:
+            features, sizes, layout = self._values(slice(None)).clone(), held.sizes, held.layout
+        else:
+            sizes, layout = (
+                reduction.group_sizes(held.sizes),
+                held.layout.select(reduction.positions[0]),
+            )
+            features = self._merge(reduction)
+        return VisualTokens(features[None], layout, sizes=sizes)
 
     def positions(self) -> Tensor:
         """``(M,)`` which of the tokens fed so far those of :meth:`tokens` stand at, ascending."""
-        return self._result()[1]
+        reduction = self._choose(self._gathered())
+        positions = self._positions[: self._held]
+        return positions.clone() if reduction is None else positions[reduction.positions[0].cpu()]
 
-    def _result(self) -> tuple[VisualTokens, Tensor]:
-        held = self._gathered()
-        positions = self._positions[: self._held].clone()
+    def _choose(self, held: VisualTokens) -> Reduction | None:
+        """What the strategy makes of the tokens held; None while they are within the budget."""
         if self._held <= self.budget:
-            return held, positions
+            return None
         reduction = self.reducer(held)
-        return reduction.tokens(held)[0], positions[reduction.positions[0].cpu()]
+        if reduction.kept > self.budget:
+            raise BudgetError(
+                f"{self.reducer.name} kept {reduction.kept} tokens, the stream holds {self.budget}:"
+                " it does not meet a budget exactly. Use a strategy that does, such as lftr."
+            )
+        # Its features are of the tokens as they arrived, and only in the way here.
+        return replace(reduction, features=reduction.features[..., :0].clone())
 
     def _reduce(self) -> None:
         """Make room for a window."""
-        left, positions = self._result()
-        if left.count > self.budget:
-            raise BudgetError(
-                f"{self.reducer.name} kept {left.count} tokens, the stream holds {self.budget}: it "
-                "does not meet a budget exactly. Use a strategy that does, such as lftr."
-            )
-        held = slice(left.count)
-        space = self._space(left.features[0])
-        space[held], self._coords[held] = left.features[0], left.layout.coords
-        self._sizes[held], self._positions[held] = left.sizes[0].cpu(), positions
-        self._held = left.count
+        held = self._gathered()
+        reduction = self._choose(held)
+        if reduction is None:
+            return
+        kept, count = reduction.positions[0], reduction.kept
+        if self._merged is not None or not reduction.gathers:
+            self._merged = self._merge(reduction)
+        sizes, left = reduction.group_sizes(held.sizes)[0], slice(count)
+        features = self._room()
+        for block in torch.arange(count).split(BLOCK):
+            # Tokens move towards the front, so none is overwritten before it moves.
+            features[block] = features[kept[block]]
+        self._coords[left] = self._coords[kept.cpu()]
+        self._positions[left] = self._positions[kept.cpu()]
+        self._sizes[left] = sizes.cpu()
+        self._held = count
+
+    def _merge(self, reduction: Reduction) -> Tensor:
+        """``(M, D)`` what is left, with all that merged into it, a few channels at a time."""
+        kept = reduction.positions[0]
+        channels = self._room().shape[1]
+        merged = self._room().new_empty(len(kept), channels)
+        for start in range(0, channels, BLOCK):
+            block = slice(start, start + BLOCK)
+            values = self._values(block)
+            if reduction.weights is None:
+                merged[:, block] = values[kept]
+            else:
+                merged[:, block] = merge_tokens(values[None], reduction.weights, len(kept))[0]
+        return merged
+
+    def _values(self, channels: slice) -> Tensor:
+        """Some channels of what is held, with all that merged into it."""
+        own = self._room()[: self._held, channels]
+        if self._merged is None:
+            return own
+        return torch.cat([self._merged[:, channels], own[len(self._merged) :]])
 
     def _gathered(self) -> VisualTokens:
-        if self._features is None:
-            raise TokensError("nothing was fed to this stream yet: feed(features, grid) first.")
-        features = self._features[None, : self._held]
+        features = self._room()[None, : self._held]
         return VisualTokens(
             features,
             self._coords[: self._held],
             sizes=self._sizes[None, : self._held].to(features.device),
         )
+
+    def _room(self) -> Tensor:
+        if self._features is None:
+            raise TokensError("nothing was fed to this stream yet: feed(features, grid) first.")
+        return self._features
 
     def _space(self, features: Tensor) -> Tensor:
         """Room for the budget and a window."""

@@ -32,8 +32,8 @@ Algorithm, for N tokens and a budget of k:
        group has its largest difference from any). Groups of least significance go until k are
        left; their tokens join the nearest of these if redundant beside it, else they go too. Each
        group becomes the size-weighted mean of its tokens, at its representative's place.
-    More than W = 4096 tokens after step 1 are linked instead of compared with each other; the
-    representative of a run of links in time is its first token:
+    In items of more than W = 4096 tokens, what step 1 leaves is linked instead of all compared with
+    each other; the first token of a run of links in time stands for it:
     2'. each token is linked to its most similar earlier token. Its *novelty* is their difference;
         it is redundant if that is at most ``redundant``.
     3'. the k tokens of largest novelty stay, each at its own place; where more than k tokens are
@@ -44,7 +44,7 @@ Algorithm, for N tokens and a budget of k:
 Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> ``(B, k, D)``. The
 count is exact for every layout. Protected tokens stand outside.
 
-Cost: up to W tokens after step 1 one Gram matrix, O(n^2 D) time and O(n^2) memory, then
+Cost: up to W tokens one Gram matrix, O(n^2 D) time and O(n^2) memory, then
 R <= ``spare`` k steps of O(n); space O(R n D + R^2). Beyond, one search for earlier neighbours:
 exact, O(n^2 D) time; with FAISS, O(n sqrt(n)) on 128 projected channels. Memory beside the features
 is the result, O(N) numbers, and for FAISS an index of n x 128 bytes: nothing is N x N, and the
@@ -179,7 +179,7 @@ class LFTR(Merger):
         tube = tube[None]
         count = heads.numel()
         weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube, sizes)
-        if count > RUN_TOKENS:
+        if n > RUN_TOKENS:
             groups, positions = self._link(features, heads, weight[0], mean, k)
         else:
             merge = group_weights(tube, sizes, count)

@@ -76,6 +76,15 @@ def test_nothing_is_lost_of_what_merges() -> None:
     torch.testing.assert_close(tokens.features[0], clip[0], rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_asked_for_stays_what_it_is() -> None:
+    clip = frames(6)
+    stream = TOPK.stream(budget=200)
+    stream.feed(clip[0], (4, 4))
+    tokens = stream.tokens()
+    stream.feed(clip[1], (4, 4))
+    assert tokens.features[0].equal(clip[0])
+
+
 def test_norm_topk_is_exact_at_any_length() -> None:
     clip = frames(100)
     stream = fed(TOPK, clip, budget=20, window=64)

@@ -69,12 +69,16 @@ def mean_direction(features: Tensor, sizes: Tensor) -> Tensor:
 
 def cosine_to(features: Tensor, rows: Tensor, direction: Tensor) -> Tensor:
     """Inner product ``(n,)`` of the directions of the tokens at ``rows`` with one ``(D,)``."""
-    return torch.cat([directions(features[part]) @ direction for part in rows.split(PART_TOKENS)])
+    cosine = torch.empty(rows.shape, device=features.device)
+    for part, out in zip(rows.split(PART_TOKENS), cosine.split(PART_TOKENS), strict=True):
+        out.copy_(directions(features[part]) @ direction)
+    return cosine
 
 
 def between(features: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Cosine ``(n,)`` of the tokens at ``one`` and those at ``other``, both ``(n,)``."""
-    pairs = zip(one.split(PART_TOKENS), other.split(PART_TOKENS), strict=True)
-    return torch.cat(
-        [(directions(features[a]) * directions(features[b])).sum(-1) for a, b in pairs]
-    )
+    cosine = torch.empty(one.shape, device=features.device)
+    parts = (tensor.split(PART_TOKENS) for tensor in (one, other, cosine))
+    for a, b, out in zip(*parts, strict=True):
+        out.copy_((directions(features[a]) * directions(features[b])).sum(-1))
+    return cosine

@@ -77,8 +77,11 @@ class FaissSearch(ABC):
         if not index.is_trained:
             wanted = min(count, FIT_VECTORS * index.nlist)
             sample = rows[torch.linspace(0, count - 1, wanted, device=rows.device).long()]
-            parts = [unit_vectors(directions(features[p]) @ basis) for p in sample.split(BLOCK)]
-            _fit(index, torch.cat(parts))
+            fitted = torch.empty(wanted, basis.shape[1], device=features.device)
+            for part, out in zip(sample.split(BLOCK), fitted.split(BLOCK), strict=True):
+                out.copy_(unit_vectors(directions(features[part]) @ basis))
+            _fit(index, fitted)
+            del fitted
         value = torch.full((count,), -torch.inf, device=features.device)
         place = torch.full_like(rows, -1)
         for start in range(0, count, BLOCK):
