@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenreduce.neighbors import nearest as nearest
     from tokenreduce.packing import PackedTokens as PackedTokens
     from tokenreduce.packing import reduce_packed as reduce_packed
+    from tokenreduce.pipeline import BuiltPipeline as BuiltPipeline
     from tokenreduce.pipeline import ModelSettings as ModelSettings
     from tokenreduce.pipeline import Pipeline as Pipeline
     from tokenreduce.receipt import Receipt as Receipt
@@ -60,7 +61,7 @@ _HOMES = {
     "hookspecs": ("PLUGIN_API_VERSION", "hookimpl"),
     "neighbors": ("nearest",),
     "packing": ("PackedTokens", "reduce_packed"),
-    "pipeline": ("ModelSettings", "Pipeline"),
+    "pipeline": ("BuiltPipeline", "ModelSettings", "Pipeline"),
     "receipt": ("Receipt",),
     "reducer": ("Grouping", "Merger", "Reducer", "Scorer", "Selector"),
     "reduction": ("Reduction",),

@@ -357,6 +357,18 @@ def find_loader(name: str) -> Any:
     return import_target(record.loader, what=f"loader of model adapter {name!r}")
 
 
+def find_saver(name: str) -> Any:
+    """The function that writes models of a pipeline.
+
+    Raises:
+        PipelineError: if the adapter offers none.
+    """
+    record = installed().model_adapters[name]
+    if not record.saver:
+        raise PipelineError(f"model adapter {name!r} cannot save the models of a pipeline.")
+    return import_target(record.saver, what=f"saver of model adapter {name!r}")
+
+
 def _iterate(pipeline: object) -> Iterable[object]:
     if isinstance(pipeline, Iterable) and not isinstance(pipeline, str):
         return pipeline

@@ -19,16 +19,17 @@ class Quantizer(Protocol):
     """Turns the options of a pipeline into arguments for the loading of a model."""
 
     def load_arguments(
-        self, options: Mapping[str, Any], *, device: torch.device
+        self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
         """Keyword arguments that are merged into those of ``from_pretrained``.
 
         Called before any weight is read, so that a device or an option that cannot work costs
-        nothing.
+        nothing; and again, with the pruned model, where a vision encoder was pruned first.
 
         Args:
             options: what the pipeline says under ``model.quantization``, without ``backend``.
             device: where the model will be.
+            model: the model that will be quantized; its weights need not be there (meta device).
 
         Raises:
             PipelineError: if an option is wrong, or the device cannot run the result.
@@ -40,17 +41,32 @@ class Quantizer(Protocol):
 class EncoderPruner(Protocol):
     """Makes the vision encoder of a loaded model smaller."""
 
-    def prune(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        """Prune the vision encoder in place, after loading and before anything is attached.
+    def check(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Check that the encoder of a model can be pruned, before any weight is read.
 
         Args:
-            model: the loaded model, in evaluation mode, on its device.
+            model: the model, whose weights need not be there (meta device).
             options: what the pipeline says under ``model.vision_encoder.prune``, without
                 ``backend``.
 
         Raises:
             PipelineError: if an option is wrong.
             UnsupportedModel: if the model's encoder cannot be pruned.
+        """
+        ...
+
+    def prune(self, model: nn.Module, options: Mapping[str, Any], processor: Any) -> None:
+        """Prune the vision encoder in place: after loading, before quantizing and attaching.
+
+        Args:
+            model: the loaded model, in evaluation mode, on its device.
+            options: as for :meth:`check`.
+            processor: the model's processor, for pruners that look at pictures.
+
+        Raises:
+            PipelineError: if an option is wrong.
+            UnsupportedModel: if the model's encoder cannot be pruned.
+            MediaError: if pictures that the options name cannot be read.
         """
         ...
 

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.api import strategy_class
 from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
-from tokenreduce.pipeline import ModelSettings, Pipeline
+from tokenreduce.pipeline import PIPELINE_FILE, ModelSettings, Pipeline
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.stage import Stage
@@ -52,7 +52,8 @@ def load_pipeline(
     """Read and check a pipeline. Nothing of a model is loaded.
 
     Args:
-        source: a YAML file, the name of a registered preset, or a mapping of the same structure.
+        source: a YAML file, a folder that a built pipeline was saved to, the name of a registered
+            preset, or a mapping of the same structure.
         overrides: ``"key.path=value"`` items that replace or add values, as in
             ``"reduce.0.reduction=8"`` or ``"model.dtype=float32"``; values are YAML, and ``null``
             takes a value back.
@@ -163,6 +164,11 @@ def _read(source: object) -> tuple[str, DictConfig | ListConfig]:
         is_file = path.is_file()
     except (OSError, ValueError) as error:
         raise PipelineError(f"{str(path)[:80]!r}: is not a path: {_reason(error)}.") from error
+    if not is_file and (path / PIPELINE_FILE).is_file():
+        label, config = _read(path / PIPELINE_FILE)
+        if isinstance(config, DictConfig) and isinstance(config.get("model"), DictConfig):
+            config["model"]["path"] = str(path)
+        return label, config
     if isinstance(source, str) and not is_file and source in presets:
         preset = presets.resolve(source)
         if not isinstance(preset, Mapping):

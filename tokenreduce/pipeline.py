@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from tokenreduce.errors import PipelineError, did_you_mean
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.stage import Stage
+
+#: What a saved pipeline is called in its folder.
+PIPELINE_FILE = "pipeline.yaml"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -180,11 +184,14 @@ class Pipeline:
             raise PipelineError(f"{name}: needs at least one stage.")
         object.__setattr__(self, "stages", tuple(stages))
 
-    def build(self) -> tuple[Any, Any, Any]:
-        """Load the model and attach the stages.
+    def build(self) -> BuiltPipeline:
+        """Load the model, prune its vision encoder, quantize it, and attach the stages.
+
+        The order is always this one: importance is judged on whole weights, and stages see the
+        model as it will run.
 
         Returns:
-            (model, processor, attachment).
+            what was built, which unpacks to (model, processor, attachment).
 
         Raises:
             PipelineError: if the pipeline names no model, or the model cannot be loaded.
@@ -206,7 +213,58 @@ class Pipeline:
         model, processor = find_loader(self.model.adapter)(self.model, self.stages)
         joint_encoder = self.model.joint_encoder
         run = attach(model, self, processor=processor, joint_encoder=joint_encoder)
-        return model, processor, run
+        return BuiltPipeline(pipeline=self, model=model, processor=processor, attachment=run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltPipeline:
+    """A pipeline on its model. Unpacks to (model, processor, attachment).
+
+    Attributes:
+        pipeline: what was built.
+        model: pruned and quantized as the pipeline says, with its stages attached.
+        processor: the model's processor.
+        attachment: see :class:`~tokenreduce.attachment.Attachment`.
+    """
+
+    pipeline: Pipeline
+    model: Any
+    processor: Any
+    attachment: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.processor, self.attachment))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the pipeline, the pruned and quantized weights, and the processor to a folder.
+
+        :func:`~tokenreduce.config.load_pipeline` reads the folder, and building it again gives the
+        same outputs to the bit. The original model is not needed any more.
+
+        Raises:
+            PipelineError: if the model cannot be written, or a stage cannot be named in a file.
+        """
+        from tokenreduce.attachment import find_saver
+        from tokenreduce.config import dump_pipeline
+
+        settings = self.pipeline.model
+        if settings is None:
+            raise PipelineError("this pipeline names no model, so there is nothing to save.")
+        here = replace(settings, path=".", quantization=None, vision_encoder=None)
+        text = dump_pipeline(replace(self.pipeline, model=here))
+        find_saver(settings.adapter)(self.model, self.processor, Path(folder), settings)
+        (Path(folder) / PIPELINE_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> BuiltPipeline:
+        """Build what :meth:`save_pretrained` wrote.
+
+        Raises:
+            PipelineError: if the folder holds no pipeline, or the model cannot be loaded.
+        """
+        from tokenreduce.config import load_pipeline
+
+        return load_pipeline(Path(folder)).build()
 
 
 def _backend(where: str, settings: object) -> BackendSettings:

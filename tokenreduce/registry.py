@@ -69,10 +69,13 @@ class ModelAdapterRecord(ComponentRecord):
             matched by the nearest class of its method resolution order, so naming a base class
             serves every subclass, and nothing is imported to find out.
         loader: ``"module:function"`` that loads such a model for a pipeline, or an empty string.
+        saver: ``"module:function"`` that writes such a model to a folder that ``loader`` reads, or
+            an empty string.
     """
 
     models: tuple[str, ...]
     loader: str = ""
+    saver: str = ""
 
     def __post_init__(self) -> None:
         models = self.models

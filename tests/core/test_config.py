@@ -64,7 +64,7 @@ class EightBit:
     """A quantizer that needs a GPU."""
 
     def load_arguments(
-        self, options: Mapping[str, Any], *, device: torch.device
+        self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
         if device.type != "cuda":
             raise PipelineError(f"eight-bit weights need CUDA, the model goes to {device}.")
@@ -74,8 +74,11 @@ class EightBit:
 class HalfDepth:
     """An encoder pruner that drops the last layers."""
 
-    def prune(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+    def check(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         raise PipelineError(f"cannot keep {options['keep']} of the layers.")
+
+    def prune(self, model: nn.Module, options: Mapping[str, Any], processor: Any) -> None:
+        raise NotImplementedError
 
 
 class Plugin:
@@ -674,6 +677,6 @@ def test_build_of_a_path_that_is_not_there() -> None:
 
 @pytest.mark.usefixtures("acme")
 def test_a_quantizer_refuses_before_anything_is_loaded() -> None:
-    settings = {"path": "/no/such", "device": "cpu", "quantization": {"backend": "eight-bit"}}
+    settings = {"path": "testbed:b", "device": "cpu", "quantization": {"backend": "eight-bit"}}
     with pytest.raises(PipelineError, match="eight-bit weights need CUDA, the model goes to cpu"):
         load_pipeline(one(keep=1) | {"model": settings}).build()

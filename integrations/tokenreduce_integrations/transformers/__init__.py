@@ -209,6 +209,7 @@ def register_model_adapters(register: Register) -> None:
             f"{here}.adapters:{adapter}",
             models=models,
             loader=f"{here}.loading:load_model",
+            saver=f"{here}.saving:save_model",
             summary=summary,
         )
     alone = (

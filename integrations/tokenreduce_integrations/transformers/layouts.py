@@ -30,7 +30,7 @@ def square_patches(
 
     A class token that the projector passed on comes first and is protected.
     """
-    patch = owner.config.vision_config.patch_size
+    patch = _patch_side(owner)
     pixels = arguments["pixel_values"]
     sizes = arguments.get("image_sizes")
     layouts = []
@@ -43,6 +43,14 @@ def square_patches(
         else:
             layouts.append(grid_layout(grid, count))
     return layouts
+
+
+def _patch_side(owner: Any) -> int:
+    config = owner.config.vision_config
+    if hasattr(config, "patch_size"):
+        return int(config.patch_size)
+    # The configuration of a timm tower does not say, but the tower does.
+    return int(owner.vision_tower.timm_model.patch_embed.patch_size[0])
 
 
 def packed_tiles(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,29 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tokenreduce.attachment import find_adapter
-from tokenreduce.backends import find_encoder_pruner, find_quantizer
+from tokenreduce.backends import (
+    EncoderPruner,
+    Quantizer,
+    find_encoder_pruner,
+    find_quantizer,
+)
 from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
 from tokenreduce.pipeline import ModelSettings
 from tokenreduce.stage import Stage
+from tokenreduce_integrations.pruning.surgery import (
+    SurgeryPlan,
+    cut_class,
+    plan_of,
+    restore_class,
+)
+from tokenreduce_integrations.pruning.timm_tower import adapt_timm_tower
+from tokenreduce_integrations.quantization.stored import (
+    EXTRA_OF,
+    load_quanto,
+    refuse_device,
+    stored_by_quanto,
+    stored_method,
+)
 
 TESTBED = "testbed:"
 
@@ -38,29 +58,26 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         the model in evaluation mode on its device, and the processor.
 
     Raises:
-        PipelineError: if the path, the type, the device or the attention cannot be used.
+        PipelineError: if the path, the type, the device, the attention or a backend's option cannot
+            be used.
         MissingExtra: if a backend needs a package that is not installed.
         UnsupportedModel: if the model cannot be reduced, or its vision encoder not pruned.
         UnsupportedSite: if a stage's site cannot be served on the model.
         MissingSignal: if a stage needs a signal that the model cannot give.
     """
-    device = settings.torch_device
-    arguments: dict[str, Any] = {"dtype": settings.torch_dtype}
-    if not settings.allow_pickle:
-        arguments["use_safetensors"] = True
-    if settings.attention is not None:
-        arguments["attn_implementation"] = settings.attention
-    quantizer, pruner = settings.quantizer, settings.encoder_pruner
-    if quantizer is not None:
-        backend = find_quantizer(quantizer.backend)
-        arguments["device_map"] = str(device)
-        arguments |= backend.load_arguments(quantizer.options, device=device)
-    prune = None if pruner is None else find_encoder_pruner(pruner.backend)
+    # Looked up first: a package that is missing should be known before anything is read.
+    prune, quantize = _pruning(settings), _quantization(settings)
     path = resolve_path(settings.path)
     if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
         raise PipelineError(
             f"model path {path!r}: no such folder. Give a folder that save_pretrained wrote, a hub "
             "name such as 'llava-hf/llava-1.5-7b-hf', or 'testbed:b'."
+        )
+    plan = SurgeryPlan.beside(Path(path))
+    if plan is not None and prune is not None:
+        raise PipelineError(
+            f"model path {path!r}: its vision encoder was pruned before it was saved. Leave out "
+            "vision_encoder, or prune more of the original model at once."
         )
 
     # Imported here so that a pipeline which cannot work says so at once.
@@ -70,17 +87,128 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         # The smallest file comes first: without it the others are not worth asking for, and it
         # says whether the stages can run before any weight is read.
         config = AutoConfig.from_pretrained(path)
+        arguments = _arguments(config, settings)
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+            own = stored = type(skeleton)
+            if plan is not None:
+                stored = cut_class(own, plan)
+                skeleton = stored(config)
         find_adapter(skeleton).check(skeleton, tuple(stages), path, settings.joint_encoder)
+        adapt_timm_tower(skeleton)
+        if prune is not None:
+            prune.backend.check(skeleton, prune.options)
+        if quantize is not None:
+            arguments |= quantize(skeleton)
         processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(path, **arguments)
-        if "device_map" not in arguments:
-            model.to(device)
-    model.eval()
-    if prune is not None and pruner is not None:
-        prune.prune(model, pruner.options)
-    return model, processor
+        if stored_by_quanto(Path(path)):
+            model = load_quanto(stored, config, Path(path), settings)
+        elif prune is None or quantize is None:
+            model = _read(stored, path, arguments, settings.torch_device)
+            if prune is not None:
+                prune(model, processor)
+        else:
+            # Weights are quantized on their way in, so they are pruned in memory before.
+            whole = {k: v for k, v in arguments.items() if k not in quantize.chosen}
+            model = _read(stored, path, whole, torch.device("cpu"))
+            prune(model, processor)
+            model = _quantized_copy(model, arguments | quantize(model), settings)
+    restore_class(model, own)
+    adapt_timm_tower(model)
+    return model.eval(), processor
+
+
+def _arguments(config: Any, settings: ModelSettings) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a model as it was stored.
+
+    Raises:
+        PipelineError: if it is quantized, and should be quantized or pruned once more.
+    """
+    arguments: dict[str, Any] = {"dtype": settings.torch_dtype}
+    if not settings.allow_pickle:
+        arguments["use_safetensors"] = True
+    if settings.attention is not None:
+        arguments["attn_implementation"] = settings.attention
+    method = stored_method(config)
+    if method:
+        refuse_device(method, settings.torch_device)
+        for given, what in ((settings.quantizer, "quantized"), (settings.encoder_pruner, "pruned")):
+            if given is not None:
+                raise PipelineError(
+                    f"model {settings.path!r} is quantized already ({method}): it cannot be {what} "
+                    "any more. Start from the weights that it was quantized from: encoders are "
+                    "pruned first, then weights are quantized."
+                )
+        arguments["device_map"] = str(settings.torch_device)
+    return arguments
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """A pruner with its options."""
+
+    backend: EncoderPruner
+    options: Mapping[str, Any]
+
+    def __call__(self, model: Any, processor: Any) -> None:
+        adapt_timm_tower(model)
+        self.backend.prune(model.eval(), self.options, processor)
+
+
+def _pruning(settings: ModelSettings) -> _Pruning | None:
+    pruner = settings.encoder_pruner
+    if pruner is None:
+        return None
+    return _Pruning(find_encoder_pruner(pruner.backend), pruner.options)
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    """A quantizer with its options, and the names of the arguments that it has chosen."""
+
+    backend: Quantizer
+    options: Mapping[str, Any]
+    device: torch.device
+    chosen: set[str] = field(default_factory=set)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        given = self.backend.load_arguments(self.options, device=self.device, model=model)
+        arguments = {"device_map": str(self.device), **given}
+        self.chosen.update(arguments)
+        return arguments
+
+
+def _quantization(settings: ModelSettings) -> _Quantization | None:
+    quantizer = settings.quantizer
+    if quantizer is None:
+        return None
+    backend = find_quantizer(quantizer.backend)
+    return _Quantization(backend, quantizer.options, settings.torch_device)
+
+
+def _read(own: type[Any], path: str, arguments: Mapping[str, Any], device: torch.device) -> Any:
+    model = own.from_pretrained(path, **arguments)
+    return model if "device_map" in arguments else model.to(device)
+
+
+def _quantized_copy(model: Any, arguments: Mapping[str, Any], settings: ModelSettings) -> Any:
+    """The model loaded once more from memory, quantized on the way.
+
+    Raises:
+        PipelineError: if its pruner left no plan by which it can be built again.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        backend = settings.encoder_pruner and settings.encoder_pruner.backend
+        raise PipelineError(
+            f"encoder pruner {backend!r} left no surgery plan, so that what it pruned cannot be "
+            "quantized. It has to cut by SurgeryPlan.apply."
+        )
+    copied = cut_class(type(model), plan).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), **arguments
+    )
+    copied.generation_config = model.generation_config
+    return copied
 
 
 def resolve_path(path: str) -> str:
@@ -128,6 +256,9 @@ def _remedy(settings: ModelSettings, error: Exception) -> str:
     text = str(error)
     if isinstance(error, ImportError) and "torchvision" in text.lower():
         return "Its processor needs torchvision: pip install 'tokenreduce[vision]'"
+    if isinstance(error, ImportError) and any(name in text for name in EXTRA_OF):
+        extra = next(extra for name, extra in EXTRA_OF.items() if name in text)
+        return f"Its quantization needs a package: pip install 'tokenreduce[{extra}]'"
     if settings.attention is not None and settings.attention.partition("_")[0] in text.lower():
         return "Leave 'attention' out of the model's settings for the library's own choice."
     if "safetensors" in text and not settings.allow_pickle:

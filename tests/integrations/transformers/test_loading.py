@@ -26,8 +26,9 @@ class DoublePrecision:
     """Quantizes upwards, which every machine can do."""
 
     def load_arguments(
-        self, options: Mapping[str, Any], *, device: torch.device
+        self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
+        assert next(model.parameters()).is_meta
         CALLS.append((dict(options), device))
         return {"dtype": torch.float64}
 
@@ -35,7 +36,11 @@ class DoublePrecision:
 class Thinner:
     """Removes the last blocks of the vision encoder."""
 
-    def prune(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+    def check(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        assert next(model.parameters()).is_meta
+
+    def prune(self, model: nn.Module, options: Mapping[str, Any], processor: Any) -> None:
+        assert processor.image_processor
         assert not model.training
         encoder = next(m for m in model.modules() if hasattr(m, "vision_tower")).vision_tower
         layers = next(

@@ -1,0 +1,249 @@
+"""Reduction, quantization and a pruned encoder together: built, run, detached, saved, built."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenreduce as tr
+from support.timm_llava import write_timm_llava
+from tokenreduce.errors import MissingSignal, PipelineError, UnknownName
+from tokenreduce.hookspecs import hookimpl
+from tokenreduce.plugins import installed
+from tokenreduce_integrations.pruning.surgery import PLAN_FILE
+
+pytest.importorskip("torchao", reason="needs the extra quant")
+pytest.importorskip("bitsandbytes", reason="needs the extra quant")
+
+QUANTIZERS: dict[str, dict[str, Any] | None] = {
+    "whole": None,
+    "ao-int8": {"backend": "torchao", "scheme": "int8_weight_only"},
+    "ao-int8-dynamic": {"backend": "torchao", "scheme": "int8_dynamic"},
+    "ao-intx": {"backend": "torchao", "scheme": "intx_weight_only"},
+    "ao-float8": {"backend": "torchao", "scheme": "float8_weight_only"},
+    "ao-int8-everywhere": {
+        "backend": "torchao",
+        "scheme": "int8_weight_only",
+        "modules": ["language_model", "vision_encoder", "projector"],
+    },
+    "bnb-int8": {"backend": "bitsandbytes", "scheme": "int8"},
+    "bnb-nf4": {"backend": "bitsandbytes", "scheme": "nf4"},
+    "bnb-fp4": {"backend": "bitsandbytes", "scheme": "fp4"},
+}
+QUANTO = {f"quanto-{s}": {"backend": "quanto", "scheme": s} for s in ("int8", "int4", "float8")}
+ENCODERS: dict[str, dict[str, Any] | None] = {
+    "unpruned": None,
+    "mlp": {"backend": "structured", "mlp_ratio": 0.3},
+    "heads": {"backend": "structured", "head_ratio": 0.5},
+    "depth": {"backend": "structured", "depth_ratio": 0.4},
+    "timm": {"backend": "structured", "mlp_ratio": 0.3, "head_ratio": 0.5},
+}
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "lftr": [{"strategy": "lftr", "reduction": 8}],
+    "visionzip": [{"strategy": "visionzip", "reduction": 8}],
+    "lftr+norm-at-depth": [
+        {"strategy": "lftr", "reduction": 4},
+        {"strategy": "loudest", "site": "decoder", "schedule": {2: 0.5}},
+    ],
+}
+KEPT = {"lftr": 18, "visionzip": 18, "lftr+norm-at-depth": 18}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Any:
+    """bitsandbytes logs every cast."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loudest(tr.Scorer):
+    """Keeps hidden states of largest norm, between the layers of the LLM."""
+
+    def score(self, tokens: tr.VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loudest() -> Any:
+    @hookimpl
+    def register_strategies(register: Any) -> None:
+        register("loudest", f"{__name__}:Loudest", summary="Loudest.", sites=("decoder",))
+
+    plugins = installed()
+    status = plugins.load("loudest", SimpleNamespace(register_strategies=register_strategies))
+    assert status.state == "loaded", status.error
+    yield
+    plugins.statuses.remove(status)
+    plugins.strategies.remove("loudest")
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_timm_llava(tmp_path_factory.mktemp("timm") / "model")
+
+
+def prompt(processor: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    text = "<image> " * 144 + "USER: what digit is shown ? ASSISTANT:"
+    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
+    return {"input_ids": ids, "pixel_values": pixels.to(dtype)}
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def pipeline(path: str, quantizer: Any, encoder: Any, stages: Any) -> tr.Pipeline:
+    model = {"path": path, "dtype": "float32", "device": "cpu"}
+    if quantizer is not None:
+        model["quantization"] = quantizer
+    if encoder is not None:
+        model["vision_encoder"] = {"prune": encoder}
+    return tr.load_pipeline({"model": model, "reduce": stages})
+
+
+def check(path: str, quantizer: Any, encoder: Any, stages: str, folder: Path) -> None:
+    """Builds, generates, detaches, and comes back bit-equal from a folder."""
+    built = pipeline(path, quantizer, encoder, STAGES[stages]).build()
+    model, processor, run = built
+    inputs = prompt(processor)
+    reduced = logits(model, inputs)
+    assert run.receipt.tokens_in == 144
+    assert run.receipt.tokens_out == KEPT[stages]
+    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with run.disabled():
+        unreduced = logits(model, inputs)
+    built.save_pretrained(folder)
+    assert (folder / PLAN_FILE).exists() == (encoder is not None)
+    again = tr.BuiltPipeline.from_pretrained(folder)
+    assert type(again.model) is type(model)
+    assert torch.equal(logits(again.model, inputs), reduced)
+    assert again.attachment.receipt.tokens_out == KEPT[stages]
+    repeated = again.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(repeated, answer)
+    run.detach()
+    assert torch.equal(logits(model, inputs), unreduced)
+    assert not torch.equal(unreduced, reduced)
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("quantizer", "encoder"), list(itertools.product(QUANTIZERS, ENCODERS)))
+def test_every_combination(
+    quantizer: str, encoder: str, stages: str, tmp_path: Path, timm_folder: Path
+) -> None:
+    path = str(timm_folder) if encoder == "timm" else "testbed:b"
+    if encoder == "timm" and stages == "visionzip":
+        with pytest.raises(MissingSignal, match="lftr"):
+            pipeline(path, QUANTIZERS[quantizer], ENCODERS[encoder], STAGES[stages]).build()
+        return
+    check(path, QUANTIZERS[quantizer], ENCODERS[encoder], stages, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("quantizer", "encoder"), list(itertools.product(QUANTO, ENCODERS)))
+def test_every_combination_of_quanto(
+    quantizer: str, encoder: str, stages: str, tmp_path: Path, timm_folder: Path
+) -> None:
+    """int4 compiles an extension at first use."""
+    pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
+    path = str(timm_folder) if encoder == "timm" else "testbed:b"
+    if encoder == "timm" and stages == "visionzip":
+        return
+    check(path, QUANTO[quantizer], ENCODERS[encoder], stages, tmp_path)
+
+
+def test_half_precision_comes_back(tmp_path: Path) -> None:
+    built = tr.load_pipeline(
+        {
+            "model": {
+                "path": "testbed:b",
+                "dtype": "bfloat16",
+                "device": "cpu",
+                "quantization": QUANTIZERS["ao-int8"],
+                "vision_encoder": {"prune": ENCODERS["heads"]},
+            },
+            "reduce": STAGES["lftr"],
+        }
+    ).build()
+    inputs = prompt(built.processor, torch.bfloat16)
+    expected = logits(built.model, inputs)
+    built.save_pretrained(tmp_path)
+    model, _, _ = tr.load_pipeline(tmp_path).build()
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_a_saved_pipeline_takes_overrides(tmp_path: Path) -> None:
+    built = pipeline("testbed:b", None, ENCODERS["mlp"], STAGES["lftr"]).build()
+    built.save_pretrained(tmp_path / "saved")
+    loaded = tr.load_pipeline(str(tmp_path / "saved"), ["reduce.0.reduction=4"])
+    assert loaded.model is not None
+    assert loaded.model.path == str(tmp_path / "saved")
+    assert loaded.stages[0].reducer.reduction == 4
+    text = (tmp_path / "saved" / "pipeline.yaml").read_text()
+    assert str(tmp_path) not in text
+
+
+def test_a_pruned_model_is_not_pruned_again(tmp_path: Path) -> None:
+    pipeline("testbed:b", None, ENCODERS["mlp"], STAGES["lftr"]).build().save_pretrained(tmp_path)
+    with pytest.raises(PipelineError, match="was pruned before it was saved"):
+        pipeline(str(tmp_path), None, ENCODERS["heads"], STAGES["lftr"]).build()
+
+
+def test_a_pruned_model_is_quantized_later(tmp_path: Path) -> None:
+    pipeline("testbed:b", None, ENCODERS["heads"], STAGES["lftr"]).build().save_pretrained(tmp_path)
+    built = pipeline(str(tmp_path), QUANTIZERS["ao-int8"], None, STAGES["lftr"]).build()
+    at_once = pipeline("testbed:b", QUANTIZERS["ao-int8"], ENCODERS["heads"], STAGES["lftr"])
+    inputs = prompt(built.processor)
+    assert torch.equal(logits(built.model, inputs), logits(at_once.build().model, inputs))
+
+
+def test_presets() -> None:
+    preset = tr.load_pipeline("lftr-16x-int8", ["model.path=testbed:b", "model.device=cpu"])
+    model, processor, run = preset.build()
+    with run:
+        logits(model, prompt(processor, torch.bfloat16))
+        assert run.receipt.tokens_out == 9
+    assert type(model.model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+
+
+def test_a_stage_that_no_file_can_name_is_not_saved(tmp_path: Path) -> None:
+    built = pipeline("testbed:b", None, None, STAGES["lftr"]).build()
+    assert built.pipeline.model is not None
+
+    class Own(tr.Scorer):
+        def score(self, tokens: tr.VisualTokens) -> Tensor:
+            return tokens.features.float().norm(dim=-1)
+
+    own = tr.Pipeline(stages=(tr.Stage(reducer=Own(keep=4)),), model=built.pipeline.model)
+    with pytest.raises(PipelineError, match="not a registered strategy"):
+        own.build().save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    built = pipeline("testbed:b", None, None, STAGES["lftr"]).build()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="cannot be written"):
+        built.save_pretrained(tmp_path / "file")
+
+
+def test_unknown_backends() -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'torchao'"):
+        pipeline("testbed:b", {"backend": "torch_ao"}, None, STAGES["lftr"])
+    with pytest.raises(UnknownName, match="Did you mean 'torch_pruning'"):
+        pipeline("testbed:b", None, {"backend": "torch-pruning"}, STAGES["lftr"])
