@@ -2,8 +2,8 @@
 
 A file is parsed in two steps, so that built-in and third-party strategies are checked alike:
 first the keys that belong to the framework (``vars``, ``model``, ``reduce``, and in each stage
-``strategy``, ``site``, ``layer``, ``schedule``, ``total`` and the budget), then the rest of each
-stage against the fields of the strategy's dataclass.
+``strategy``, ``site``, ``layer``, ``schedule``, ``total``, ``flops``, ``prefill_ms`` and the
+budget), then the rest of each stage against the fields of the strategy's dataclass.
 
 Interpolation refers to other values of the file (``${vars.ratio}``). Resolvers, which could read
 the environment or run code, are refused.
@@ -27,13 +27,14 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenreduce.api import strategy_class
+from tokenreduce.budget import COSTS
 from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
 from tokenreduce.pipeline import PIPELINE_FILE, ModelSettings, Pipeline
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.stage import Stage
 
-_STAGE_KEYS = ("site", "total", "layer", "schedule")
+_STAGE_KEYS = ("site", "total", "layer", "schedule", "flops", "prefill_ms")
 _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 
 
@@ -118,7 +119,8 @@ def dump_pipeline(pipeline: Pipeline) -> str:
     for i, stage in enumerate(pipeline.stages):
         place = root / "reduce" / i
         entry = _dump_reducer(stage.reducer, place)
-        own: dict[str, Any] = {"site": stage.site, "total": stage.total, "layer": stage.layer}
+        keys = ("site", "total", "layer", *COSTS)
+        own: dict[str, Any] = {key: getattr(stage, key) for key in keys}
         if stage.schedule is not None:
             own["schedule"] = dict(stage.schedule)
         own = {key: value for key, value in own.items() if value is not None}

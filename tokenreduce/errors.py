@@ -77,6 +77,10 @@ class StageNotEngaged(TokenReduceError, RuntimeError):
     """Visual tokens went through the model, but a stage never saw them."""
 
 
+class UncountedOperator(TokenReduceError, NotImplementedError):
+    """An operator that does work, and whose FLOPs nobody knows how to count."""
+
+
 class MediaError(TokenReduceError, ValueError):
     """An image, clip or prompt given by the user cannot be used."""
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,24 @@ import torch
 from tokenreduce.capabilities import Site
 from tokenreduce.errors import PluginError
 from tokenreduce.plugins import installed, strict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending:
+    """What the LLM spends on an item that was cut to meet a cost.
+
+    Attributes:
+        unit: ``"flops"`` or ``"prefill_ms"``.
+        limit: what the budget allows.
+        spent: what the kept tokens cost, by the same account.
+    """
+
+    unit: str
+    limit: float
+    spent: float
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.spent:.4g} of {self.limit:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +46,7 @@ class StageReceipt:
         protected: tokens that stood outside the budget.
         layer: after how many layers of the LLM, or blocks of the encoder, it ran; None elsewhere.
         reason: why nothing was reduced, or an empty string.
+        spending: what the kept tokens cost, where the budget states a cost.
     """
 
     strategy: str
@@ -37,6 +56,7 @@ class StageReceipt:
     protected: int = 0
     layer: int | None = None
     reason: str = ""
+    spending: Spending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +218,7 @@ class Receipt:
                             "protected": stage.protected,
                             "layer": stage.layer,
                             "reason": stage.reason,
+                            **({"spending": asdict(stage.spending)} if stage.spending else {}),
                         }
                         for stage in item.stages
                     ],
@@ -215,6 +236,7 @@ class Receipt:
             for stage in item.stages:
                 guarded = f", {stage.protected} protected" if stage.protected else ""
                 why = f", {stage.reason}" if stage.reason else ""
+                why += f", {stage.spending}" if stage.spending else ""
                 place = stage.site if stage.layer is None else f"{stage.site} layer {stage.layer}"
                 steps.append(f"{stage.tokens_out} ({stage.strategy} at {place}{guarded}{why})")
             lines.append(" -> ".join(steps))

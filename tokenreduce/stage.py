@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Integral
+from typing import Protocol
 
 import torch
 
-from tokenreduce.budget import Budget
+from tokenreduce.budget import COSTS, Budget
 from tokenreduce.capabilities import SITES, Site
 from tokenreduce.errors import BudgetError, PipelineError, UnsupportedSite
 from tokenreduce.packing import PackedTokens, reduce_packed
-from tokenreduce.receipt import StageReceipt
+from tokenreduce.receipt import Spending, StageReceipt
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout
+
+
+class Price(Protocol):
+    """What tokens cost in the layers of an LLM."""
+
+    def __call__(self, tokens: int, first: int, last: int | None) -> float:
+        """The cost of tokens in the layers from ``first`` up to ``last``, or to the end."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,10 @@ class Stage:
         schedule: in place of ``layer`` and the strategy's budget, the share of the original tokens
             that go on after each of several layers, as in ``{8: 0.5, 16: 0.25}``; 0 is legal at
             the decoder site. Kept as pairs in the order of the layers.
+        flops: in place of the strategy's budget, the most FLOPs that the layers of the LLM may
+            spend on the tokens of an item, if nothing is cut after this stage.
+        prefill_ms: likewise, the most milliseconds, as measured on the model.
+        price: what tokens cost; an attachment puts it in.
 
     Raises:
         PipelineError: if ``reducer`` is none, or ``layer`` and ``schedule`` do not suit the site.
@@ -46,6 +59,9 @@ class Stage:
     total: int | None = None
     layer: int | None = None
     schedule: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    flops: float | None = None
+    prefill_ms: float | None = None
+    price: Price | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.reducer, Reducer):
@@ -57,6 +73,12 @@ class Stage:
             raise UnsupportedSite(f"unknown site {self.site!r}: one of {', '.join(SITES)}.")
         if self.total is not None:
             Budget(total=self.total)
+        others = (self.total, self.schedule, self.reducer.budget)
+        if self.limit is not None and any(other is not None for other in others):
+            raise BudgetError(
+                f"two budgets at once: {self.limit} says how many tokens to keep. Leave out keep, "
+                "keep_ratio, reduction, total and schedule."
+            )
         for reducer in (self.reducer, *self.reducer.inner_reducers()):
             sites = reducer.record.sites
             if self.site not in sites:
@@ -103,6 +125,26 @@ class Stage:
             return tuple(dict(self.schedule))
         return () if self.layer is None else (self.layer,)
 
+    @property
+    def limit(self) -> Budget | None:
+        """What an item may cost, if that is how the budget is stated."""
+        given = {name: getattr(self, name) for name in COSTS if getattr(self, name) is not None}
+        return Budget(**given) if given else None
+
+    def cost(self, tokens: int, kept: int) -> float:
+        """What an item of ``tokens`` tokens costs if this stage keeps ``kept`` of them.
+
+        Raises:
+            BudgetError: if nothing says what a token costs.
+        """
+        if self.price is None:
+            raise BudgetError(
+                f"{self.reducer.name}: {self.limit}: what a token costs depends on the model. "
+                "Attach the stage to one."
+            )
+        layer = self.layer if self.site == "decoder" and self.layer else 0
+        return self.price(tokens, 0, layer) + self.price(kept, layer, None)
+
     def at(self, layer: int) -> Stage:
         """The stage at one of its layers, with the budget that its schedule states for it."""
         if self.schedule is None:
@@ -124,7 +166,8 @@ class Stage:
         reducer = self.reducer
         if any(value is not None for value in given.values()):
             reducer = reducer.with_budget(keep=keep, keep_ratio=keep_ratio, reduction=reduction)
-        return replace(self, reducer=reducer, total=self.total if total is None else total)
+        total = self.total if total is None else total
+        return replace(self, reducer=reducer, total=total, flops=None, prefill_ms=None)
 
     def require_budget(self) -> None:
         """Check that the stage knows how many tokens to keep.
@@ -133,7 +176,7 @@ class Stage:
             BudgetError: if neither the strategy nor ``total`` says so, or ``total`` cannot be
                 shared because the strategy decides by itself.
         """
-        if self.schedule is not None:
+        if self.schedule is not None or self.limit is not None:
             return
         if self.total is None:
             self.reducer.require_budget()
@@ -158,6 +201,8 @@ class Stage:
                 omitted.
         """
         free = [len(layout) - layout.protected_count for layout in layouts]
+        if (limit := self.limit) is not None:
+            return [self._solved(limit, layout) for layout in layouts]
         if self.total is None:
             budget = self.reducer.budget
             if original is None or budget is None or budget.keep is not None:
@@ -173,6 +218,12 @@ class Stage:
             for i, share in zip(mine, shares, strict=True):
                 chosen[i] = self.reducer.with_budget(keep=share if free[i] else 1)
         return chosen
+
+    def _solved(self, limit: Budget, layout: Layout) -> Reducer:
+        """The reducer for an item that may cost so much; protected tokens are paid for first."""
+        tokens, protected = len(layout), layout.protected_count
+        solved = limit.solve(tokens - protected, lambda kept: self.cost(tokens, kept + protected))
+        return self.reducer.with_budget(keep=max(1, solved.keep or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +412,11 @@ def _check_layer(name: str, layer: object) -> int:
 
 
 def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> StageReceipt:
+    spending = None
+    for unit in COSTS:
+        limit = getattr(stage, unit)
+        if limit is not None and stage.price is not None:
+            spending = Spending(unit=unit, limit=limit, spent=stage.cost(len(layout), kept))
     return StageReceipt(
         strategy=stage.reducer.name,
         site=stage.site,
@@ -369,6 +425,7 @@ def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> Stag
         protected=layout.protected_count,
         layer=stage.layer,
         reason=reason,
+        spending=spending,
     )
 
 

@@ -9,7 +9,17 @@ from typer.core import TyperGroup
 
 from tokenreduce import __version__
 from tokenreduce.errors import TokenReduceError
-from tokenreduce_integrations.cli import check, cite, demo, info, listing, plugins, run, show
+from tokenreduce_integrations.cli import (
+    bench,
+    check,
+    cite,
+    demo,
+    info,
+    listing,
+    plugins,
+    run,
+    show,
+)
 
 
 class _Group(TyperGroup):
@@ -53,6 +63,7 @@ def _options(
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("show")(show.show)
+app.command("bench")(bench.bench)
 app.command("list")(listing.list_)
 app.command("info")(info.info)
 app.command("check")(check.check)

@@ -53,6 +53,10 @@ class TransformersAdapter:
         self.check(model, stages, processor, joint_encoder)
         parts = self.parts(model)
         parameter = next(parts["decoder"].parameters())
+        if any(stage.limit is not None for stage in stages):
+            from tokenreduce_integrations.accounting.prices import priced
+
+            stages = priced(model, stages)
         for stage in stages:
             stage.reducer.prepare(parameter.device, parameter.dtype)
         joint = None

@@ -507,7 +507,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 sequence_in=sequence_in,
                 sequence_out=sequence_in if sequence_out is None else sequence_out,
                 layers=self.decoder.config.num_hidden_layers,
-                kv_bytes_per_token=_kv_bytes_per_token(self.decoder),
+                kv_bytes_per_token=kv_bytes_per_token(self.decoder),
                 stopwatch=Stopwatch() if choice is None else choice.stopwatch,
                 reason=reason or _common_reason(outcomes),
             )
@@ -574,7 +574,7 @@ def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
     return "; ".join(dict.fromkeys(reasons))
 
 
-def _kv_bytes_per_token(decoder: Any) -> int:
+def kv_bytes_per_token(decoder: Any) -> int:
     parameter = next(decoder.parameters())
     element = parameter.element_size() if parameter.is_floating_point() else 2
     layers = getattr(decoder.config, "per_layer_config", None) or [decoder.config]

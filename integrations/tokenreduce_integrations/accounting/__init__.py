@@ -1,0 +1,1 @@
+"""What a pipeline costs: parameters, bytes, FLOPs, tokens and time. See docs/cost.md."""
