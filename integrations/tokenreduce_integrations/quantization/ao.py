@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,29 @@ class TorchAO:
             config = _PLAIN[scheme]()
         skipped = modules_to_skip(model, quantized)
         return {"quantization_config": TorchAoConfig(config, modules_to_not_convert=skipped)}
+
+
+@contextmanager
+def readable_names(model: Any) -> Iterator[None]:
+    """Save a model so that it can be read again, for as long as the context is open.
+
+    torchao lists every tensor of the file, and cannot read a list with a name that belongs to no
+    module, such as the queries of a Q-Former. Plain tensors are read without being listed.
+    """
+    quantizer = model.hf_quantizer
+    flatten = quantizer.get_state_dict_and_metadata
+
+    def listed(saved: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        state, metadata = flatten(saved)
+        names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+        metadata["tensor_names"] = json.dumps(names)
+        return state, metadata
+
+    quantizer.get_state_dict_and_metadata = listed
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
 
 
 def _intx(options: Mapping[str, Any], quantized: Mapping[str, nn.Linear]) -> Any:

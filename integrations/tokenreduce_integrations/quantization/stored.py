@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def save_weights(model: Any, folder: Path) -> None:
         return
     if method == "bitsandbytes":
         _function("bnb:unpack")(model)
-    model.save_pretrained(folder)
+    # What is quantized cannot be renamed to what older versions of transformers called it.
+    with _function("ao:readable_names")(model) if method == "torchao" else nullcontext():
+        model.save_pretrained(folder, save_original_format=not method)
 
 
 def load_quanto(own: type[Any], config: Any, folder: Path, settings: ModelSettings) -> Any:
