@@ -25,7 +25,7 @@ from tokenreduce.stage import Stage
 from tokenreduce.tokens import VisualTokens
 from tokenreduce_integrations.cli import chat
 from tokenreduce_integrations.transformers import families
-from tokenreduce_integrations.transformers.attachment import _kv_bytes_per_token
+from tokenreduce_integrations.transformers.attachment import kv_bytes_per_token
 from tokenreduce_integrations.video.decoding import VideoFile
 
 #: Moments (pairs of frames, for Qwen) that are encoded at once.
@@ -201,7 +201,7 @@ def receipt(
         sequence_in=sequence_in,
         sequence_out=sequence_out,
         layers=decoder.config.num_hidden_layers,
-        kv_bytes_per_token=_kv_bytes_per_token(decoder),
+        kv_bytes_per_token=kv_bytes_per_token(decoder),
         stopwatch=clip.stopwatch,
         reason="" if stage is not None else "the attachment is disabled",
     )
