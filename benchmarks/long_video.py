@@ -79,7 +79,6 @@ def reduce_file(options: argparse.Namespace) -> dict[str, Any]:
     small = tr.VisualTokens(torch.randn(1, FRAME * 30, 64), layout(FRAME * 30))
     reducer.with_budget(keep=FRAME)(small)
     if options.mode == "stream":
-        features = torch.empty(0)
         before, started, wall = peak_bytes(), time.process_time(), time.perf_counter()
         stream = reducer.stream(budget=budget, window=options.window)
         with options.file.open("rb", buffering=0) as file:
@@ -111,7 +110,8 @@ def child(options: argparse.Namespace, file: Path, count: int, spec: dict[str, A
     kept = file.with_name(f"{spec['name']}.npy".replace("/", "-"))
     command = [sys.executable, __file__, "--child", "--json", "--n", str(count)]
     command += ["--file", str(file), "--kept", str(kept), "--strategy", spec["strategy"]]
-    command += ["--mode", spec.get("mode", "batch"), "--window", str(options.window)]
+    command += ["--mode", spec.get("mode", "batch")]
+    command += ["--window", str(options.window)] if options.window else []
     command += ["--settings", json.dumps(spec.get("settings", {}))]
     command += ["--channels", str(options.channels), "--reduction", str(options.reduction)]
     row = {"n": count, "strategy": spec["strategy"], "mode": spec.get("mode", "batch")}
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=list(SIZES), help="tokens")
     parser.add_argument("--channels", type=int, default=1024)
     parser.add_argument("--reduction", type=int, default=16)
-    parser.add_argument("--window", type=int, default=8192, help="tokens of a stream's window")
+    parser.add_argument("--window", type=int, help="tokens of a stream's window")
     parser.add_argument("--exact", type=int, default=262_144, help="largest n for exact search")
     parser.add_argument("--backends", nargs="*", default=["faiss-ivf"])
     parser.add_argument("--rivals", nargs="*", default=[], help="other strategies, or 'all'")

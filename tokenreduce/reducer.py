@@ -215,11 +215,12 @@ class Reducer(ABC):
 
         Args:
             budget: most tokens to hold; it replaces the reducer's own budget.
-            window: tokens that arrive before they are reduced.
+            window: tokens that arrive before they are reduced; 8192, or the budget if that is
+                more, if omitted.
         """
-        from tokenreduce.stream import WINDOW, TokenStream
+        from tokenreduce.stream import TokenStream
 
-        return TokenStream(self, budget=budget, window=WINDOW if window is None else window)
+        return TokenStream(self, budget=budget, window=window)
 
     def reason_to_keep_all(self, free: int) -> str:
         """Why an item of ``free`` unprotected tokens stays as it is; empty if it is reduced."""

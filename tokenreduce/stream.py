@@ -18,7 +18,7 @@ from tokenreduce.tokens import Layout, VisualTokens
 if TYPE_CHECKING:
     from tokenreduce.reducer import Reducer
 
-#: Tokens that arrive before the stream is reduced again.
+#: The least tokens that arrive before the stream is reduced again, unless a user says otherwise.
 WINDOW = 8192
 
 #: Tokens that move, and channels that merge, at once.
@@ -41,7 +41,8 @@ class TokenStream:
     Args:
         reducer: the strategy; a budget of its own is replaced.
         budget: most tokens to hold.
-        window: tokens that arrive before they are reduced.
+        window: tokens that arrive before they are reduced. If omitted, 8192, or the budget if that
+            is more, so that time stays in proportion to the tokens.
 
     Attributes:
         seen: tokens fed so far.
@@ -53,9 +54,10 @@ class TokenStream:
         TokensError: if ``window`` is not positive, or the strategy needs a full grid.
     """
 
-    def __init__(self, reducer: Reducer, *, budget: int, window: int = WINDOW) -> None:
+    def __init__(self, reducer: Reducer, *, budget: int, window: int | None = None) -> None:
         if not Budget(keep=budget).keep:
             raise BudgetError(f"{reducer.name}: a stream holds at least one token.")
+        window = max(WINDOW, budget) if window is None else window
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise TokensError(f"window={window!r}: a window holds at least one token.")
         if reducer.needs:

@@ -126,6 +126,8 @@ class LFTR(Merger):
             (documents); 0 merges exact repetitions only.
         spare: representatives for each kept token, at least 1. With 1 the spread alone decides
             what stays; more let significance decide among them.
+        neighbors: backend of the neighbour search among tokens of a long clip, such as ``torch``
+            (exact) or ``faiss-hnsw``; ``auto`` takes the fastest for the number of tokens.
 
     Raises:
         PipelineError: if an option is out of range.

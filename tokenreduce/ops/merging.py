@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Entries of the tensor that are weighted at once: 1 Mi float32 values, 4 MiB.
-CHUNK_ENTRIES = 1 << 20
+#: Entries of the tensor that are weighted at once: 512 Ki float32 values, 2 MiB.
+CHUNK_ENTRIES = 1 << 19
 
 
 class MergeWeights(NamedTuple):

@@ -6,8 +6,8 @@ from torch import Tensor
 from tokenreduce.ops.similarity import directions
 from tokenreduce.tokens import Layout
 
-#: Tokens that are copied at once: 4 MiB at 1024 channels in float32.
-PART_TOKENS = 1024
+#: Tokens that are copied at once: 2 MiB at 1024 channels in float32.
+PART_TOKENS = 512
 
 
 def tracks(layout: Layout) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,9 @@ class _Only(nn.Module):
     def get_placeholder_mask(self) -> None:
         """There is none: nothing visual is placed."""
 
+    def get_image_features(self) -> None:
+        """There are none: nothing visual is encoded."""
+
 
 def _fit(seen: Sequence[int]) -> Layer:
     """The polynomial through the first two probes."""

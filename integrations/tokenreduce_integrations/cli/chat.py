@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor, nn
 
 from tokenreduce.errors import MediaError, PipelineError
+
+if TYPE_CHECKING:
+    from tokenreduce_integrations.video.decoding import VideoFile
 
 _CLIP_HINT = (
     "A clip is given as a folder of frames: "
@@ -41,6 +44,20 @@ def open_media(path: Path) -> Media:
         return Media("video", tuple(_open_frames(file)[0] for file in files))
     frames = _open_frames(path)
     return Media("image" if len(frames) == 1 else "video", frames)
+
+
+def open_video_file(path: Path) -> VideoFile | None:
+    """A video file by its name, or None for anything else.
+
+    Raises:
+        MediaError: if it cannot be read.
+        MissingExtra: if the package that reads it is not installed.
+    """
+    if path.suffix.lower() not in _CLIP_FILES or _is_dir(path):
+        return None
+    from tokenreduce_integrations.video.decoding import VideoFile
+
+    return VideoFile(path)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenreduce_integrations.cli.output import Json, console, print_json
+from tokenreduce_integrations.cli.output import Json, console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from tokenreduce.pipeline import Pipeline
+    from tokenreduce.receipt import Receipt
+    from tokenreduce_integrations.video.decoding import VideoFile
 
 Overrides = Annotated[
     list[str] | None,
@@ -20,13 +25,21 @@ Overrides = Annotated[
 
 def run(
     pipeline: Annotated[str, typer.Argument(help="A pipeline file, or the name of a preset.")],
-    media: Annotated[Path, typer.Argument(help="A picture, or a folder with a clip's frames.")],
+    media: Annotated[
+        Path, typer.Argument(help="A picture, a video file, or a folder with a clip's frames.")
+    ],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     overrides: Overrides = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     no_reduction: Annotated[
         bool, typer.Option("--no-reduction", help="Keep all tokens, for comparison.")
     ] = False,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Frames a second of a video file; the model's own if omitted."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a question about a picture or clip, and print the answer and the receipt."""
@@ -36,6 +49,10 @@ def run(
     # What can be wrong without the model is found before it is loaded.
     loaded = load_pipeline(pipeline, overrides or ())
     question = chat.require_question(question)
+    file = chat.open_video_file(media)
+    if file is not None:
+        _ask_file(loaded, file, question, max_new_tokens, no_reduction, fps, as_json)
+        return
     opened = chat.open_media(media)
     chat.quiet_loading()
     model, processor, attachment = loaded.build()
@@ -44,8 +61,40 @@ def run(
         inputs = chat.encode(processor, opened, question, model.device)
         text = chat.answer(model, processor, inputs, max_new_tokens=max_new_tokens)
         receipt = attachment.receipt
+    _print(text, receipt, reduced=not no_reduction, as_json=as_json)
+
+
+def _ask_file(
+    loaded: Pipeline,
+    file: VideoFile,
+    question: str,
+    max_new_tokens: int,
+    no_reduction: bool,
+    fps: float | None,
+    as_json: bool,
+) -> None:
+    """Decode, encode and reduce a clip a few frames at a time, and ask."""
+    from tokenreduce_integrations.cli import chat
+    from tokenreduce_integrations.video import answering
+
+    stage = answering.the_stage(loaded.stages)
+    chat.quiet_loading()
+    model, processor, attachment = loaded.build()
+    attachment.detach()
+    answering.require_served(model, processor)
+    with progress_bar("reading the clip", total=file.duration) as progress:
+        reducer = None if no_reduction else stage.reducer
+        clip = answering.encode_clip(model, processor, file, reducer, fps=fps, progress=progress)
+    text, lengths = answering.answer(
+        model, processor, clip, question, max_new_tokens=max_new_tokens
+    )
+    receipt = answering.receipt(model, clip, stage, lengths, reduced=not no_reduction)
+    _print(text, receipt, reduced=not no_reduction, as_json=as_json)
+
+
+def _print(text: str, receipt: Receipt, *, reduced: bool, as_json: bool) -> None:
     if as_json:
-        print_json({"answer": text, "reduced": not no_reduction, "receipt": receipt.as_dict()})
+        print_json({"answer": text, "reduced": reduced, "receipt": receipt.as_dict()})
         return
     out = console()
     out.print(text, markup=False, soft_wrap=True)

@@ -575,6 +575,7 @@ def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
 
 
 def kv_bytes_per_token(decoder: Any) -> int:
+    """Bytes of keys and values of one token over all layers of a decoder."""
     parameter = next(decoder.parameters())
     element = parameter.element_size() if parameter.is_floating_point() else 2
     layers = getattr(decoder.config, "per_layer_config", None) or [decoder.config]

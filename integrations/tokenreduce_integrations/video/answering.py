@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from tokenreduce_integrations.video.decoding import VideoFile
 
 #: Moments (pairs of frames, for Qwen) that are encoded at once.
 MOMENTS = 4
+#: Frames a second where the video processor states none.
+DEFAULT_FPS = 2.0
 SERVED = ("qwen2_vl", "qwen2_5_vl")
 
 
@@ -108,7 +111,7 @@ def encode_clip(
         MissingSignal: likewise.
     """
     video = processor.video_processor
-    fps = float(fps or video.fps)
+    fps = float(fps or video.fps or DEFAULT_FPS)
     stopwatch, stream = Stopwatch(), None
     kept: list[Tensor] = []
     first: tuple[Image.Image, ...] = ()
@@ -152,7 +155,7 @@ def encode_clip(
 @torch.no_grad()
 def answer(
     model: Any, processor: Any, clip: Encoded, question: str, *, max_new_tokens: int
-) -> tuple[str, int, int]:
+) -> tuple[str, tuple[int, int]]:
     """The model's most likely answer, and the lengths of the whole and the shorter sequence."""
     media = chat.Media("video", clip.first)
     inputs = chat.encode(processor, media, question, model.device)
@@ -171,39 +174,47 @@ def answer(
         do_sample=False,
     )
     text: str = processor.batch_decode(output, skip_special_tokens=True)[0]
-    t, h, w = clip.grid
-    return text.strip(), len(before) + t * h * w + len(after), embeds.shape[1]
+    text_length = len(before) + len(after)
+    return text.strip(), (text_length + prod(clip.grid), embeds.shape[1])
 
 
 def receipt(
-    model: nn.Module, clip: Encoded, stage: Stage | None, sequence_in: int, sequence_out: int
+    model: nn.Module,
+    clip: Encoded,
+    stage: Stage,
+    lengths: tuple[int, int],
+    *,
+    reduced: bool = True,
 ) -> Receipt:
-    """What happened, as an attachment would tell it."""
+    """What happened, as an attachment would tell it.
+
+    Args:
+        model: the model.
+        clip: the clip.
+        stage: the stage of the pipeline.
+        lengths: of the whole and the shorter sequence.
+        reduced: whether the stage was asked to act.
+    """
     decoder = families.find_decoder(model)
-    t, h, w = clip.grid
-    stages = (
-        ()
-        if stage is None
-        else (
-            StageReceipt(
-                strategy=stage.reducer.name,
-                site=stage.site,
-                tokens_in=t * h * w,
-                tokens_out=clip.tokens.count,
-                protected=0,
-                layer=None,
-                reason="" if clip.tokens.count < t * h * w else "within the budget",
-            ),
-        )
+    whole = prod(clip.grid)
+    reason = "" if clip.tokens.count < whole else f"{whole} tokens, within the budget"
+    if not reduced:
+        reason = "the attachment is disabled"
+    done = StageReceipt(
+        strategy=stage.reducer.name,
+        site=stage.site,
+        tokens_in=whole,
+        tokens_out=clip.tokens.count,
+        reason=reason,
     )
     return Receipt(
-        items=(ItemReceipt(prompt=0, modality="video", stages=stages),),
-        sequence_in=sequence_in,
-        sequence_out=sequence_out,
+        items=(ItemReceipt(prompt=0, modality="video", stages=(done,)),),
+        sequence_in=lengths[0],
+        sequence_out=lengths[1],
         layers=decoder.config.num_hidden_layers,
         kv_bytes_per_token=kv_bytes_per_token(decoder),
         stopwatch=clip.stopwatch,
-        reason="" if stage is not None else "the attachment is disabled",
+        reason=reason,
     )
 
 
