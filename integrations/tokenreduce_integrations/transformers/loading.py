@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +98,21 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         adapt_timm_tower(skeleton)
         if prune is not None:
             prune.backend.check(skeleton, prune.options)
-        if quantize is not None:
-            arguments |= quantize(skeleton)
+        chosen = {} if quantize is None else quantize(skeleton)
         processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
         if stored_by_quanto(Path(path)):
             model = load_quanto(stored, config, Path(path), settings)
         elif prune is None or quantize is None:
-            model = _read(stored, path, arguments, settings.torch_device)
+            model = _read(stored, path, {**arguments, **chosen}, settings.torch_device)
             if prune is not None:
                 prune(model, processor)
         else:
             # Weights are quantized on their way in, so they are pruned in memory before.
-            whole = {k: v for k, v in arguments.items() if k not in quantize.chosen}
+            # There, kernels for other devices would be of no use.
+            whole = {k: v for k, v in arguments.items() if k != "attn_implementation"}
             model = _read(stored, path, whole, torch.device("cpu"))
             prune(model, processor)
-            model = _quantized_copy(model, arguments | quantize(model), settings)
+            model = _quantized_copy(model, {**arguments, **quantize(model)}, settings)
     restore_class(model, own)
     adapt_timm_tower(model)
     return model.eval(), processor
@@ -164,18 +164,15 @@ def _pruning(settings: ModelSettings) -> _Pruning | None:
 
 @dataclass(frozen=True)
 class _Quantization:
-    """A quantizer with its options, and the names of the arguments that it has chosen."""
+    """A quantizer with its options."""
 
     backend: Quantizer
     options: Mapping[str, Any]
     device: torch.device
-    chosen: set[str] = field(default_factory=set)
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         given = self.backend.load_arguments(self.options, device=self.device, model=model)
-        arguments = {"device_map": str(self.device), **given}
-        self.chosen.update(arguments)
-        return arguments
+        return {"device_map": str(self.device), **given}
 
 
 def _quantization(settings: ModelSettings) -> _Quantization | None:
