@@ -103,6 +103,12 @@ def register_signals(register: Register) -> None:
             "mean attention that each token receives from the whole sequence, in that layer",
         ),
         (
+            "attention_page_rank",
+            ("batch", "tokens"),
+            "how often walks along the attention of the whole sequence come by each token, in that "
+            "layer; takes a matrix of the sequence for each head",
+        ),
+        (
             "decoder_keys",
             ("batch", "tokens", "channels"),
             "attention keys of each token, heads end to end, in that layer",

@@ -501,6 +501,17 @@ def register_strategies(register: Register) -> None:
         paper="2412.03248",
     )
     register(
+        "aim-prune",
+        f"{here}.aim_prune:AIMPrune",
+        summary="Keeps the tokens of highest PageRank in the attention of an LLM layer.",
+        sites=("decoder",),
+        kind="prune",
+        cost="score",
+        needs=("attention_page_rank",),
+        parity="official",
+        paper="2412.03248",
+    )
+    register(
         "flashvid",
         f"{here}.flashvid:FlashVID",
         summary="Keeps salient diverse tokens of each frame, and merges the others in trees.",

@@ -20,8 +20,7 @@ met. Between rounds tokens stay in source order, whereas the official code lists
 first, by falling similarity, and lets the last bits of a product decide which tokens are even
 (``official=True`` does likewise; with a quarter of an even grid nothing differs). Similarities
 within 1e-6 are ties. :func:`merge_rounds` equals the official code on recorded cases. Its second
-part, which prunes tokens between layers of the LLM by PageRank over attention, acts at the decoder
-and is not part of this strategy.
+part, which prunes tokens between layers of the LLM by PageRank over attention, is `aim-prune`.
 
 Published, LLaVA-OneVision-7B, both parts together: VideoMME 58.2 (full model 58.2), MLVU 63.7
 (64.7), EgoSchema 59.6 (60.1) at 14.76 of 99.63 TFLOPs (its own table).

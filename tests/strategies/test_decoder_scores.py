@@ -5,6 +5,7 @@ import torch
 
 from tokenreduce import Budget, Layout, VisualTokens
 from tokenreduce.errors import BudgetError, PipelineError
+from tokenreduce_strategies.aim_prune import AIMPrune
 from tokenreduce_strategies.fastervlm import FasterVLM
 from tokenreduce_strategies.fastv import FastV
 from tokenreduce_strategies.feather import Feather
@@ -15,6 +16,7 @@ SIGNALS = [
     (FastV, "last_token_attention"),
     (PyramidDrop, "last_token_attention"),
     (FrameFusionPrune, "decoder_received_attention"),
+    (AIMPrune, "attention_page_rank"),
 ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenreduce.errors import MissingSignal
+from tokenreduce.ops.page_rank import attention_page_rank
 from tokenreduce_integrations.transformers.hooks import require_in_place
 from tokenreduce_integrations.transformers.observed_attention import observe
 
@@ -25,6 +26,7 @@ _OBSERVED = frozenset(
         "last_token_attention",
         "prompt_attention",
         "decoder_received_attention",
+        "attention_page_rank",
         "decoder_keys",
         "prompt_keys",
     }
@@ -68,6 +70,11 @@ class Observed:
             prompt: the row of the batch.
             columns: ``(R,)`` columns of the sequence that ask.
         """
+        attention = self.logits(prompt, columns).softmax(-1)
+        return attention.mean(0)[:, -self.query.shape[2] :]
+
+    def logits(self, prompt: int, columns: Tensor) -> Tensor:
+        """``(H, R, L + S)`` float32, masked, from some columns to cached slots and the sequence."""
         query = self.query[prompt, :, columns].float()
         key = self.key[prompt].float()
         groups = query.shape[0] // key.shape[0]
@@ -75,8 +82,7 @@ class Observed:
         logits = logits.flatten(0, 1)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = self._masked(logits, prompt, columns)
-        return logits.softmax(-1).mean(0)[:, -self.query.shape[2] :]
+        return self._masked(logits, prompt, columns)
 
     def _masked(self, logits: Tensor, prompt: int, columns: Tensor) -> Tensor:
         shut = torch.finfo(logits.dtype).min
@@ -154,6 +160,7 @@ class RowProbe:
             "last_token_attention": self._last_token_attention,
             "prompt_attention": self._prompt_attention,
             "decoder_received_attention": self._received_attention,
+            "attention_page_rank": self._page_rank,
             "decoder_keys": self._keys,
             "prompt_keys": self._prompt_keys,
             "prompt_states": lambda a: [a.hidden[i.prompt, t] for i, t in a.pairs],
@@ -225,6 +232,14 @@ class RowProbe:
         }
         return torch.cat([received[item.prompt][item.columns] for item in asking.items])
 
+    def _page_rank(self, asking: Asking) -> Tensor:
+        observed = self._observed()
+        importance = {
+            prompt: _page_rank(observed, prompt, asking.valid[prompt])
+            for prompt in dict.fromkeys(item.prompt for item in asking.items)
+        }
+        return torch.cat([importance[item.prompt][item.columns] for item in asking.items])
+
     def _keys(self, asking: Asking) -> Tensor:
         return torch.cat([self._keys_at(i.prompt, i.columns, asking) for i in asking.items])
 
@@ -279,6 +294,15 @@ class Asking:
     def last(self, item: Placed) -> Tensor:
         """The column of the prompt's last token."""
         return self.valid[item.prompt].nonzero()[-1, 0]
+
+
+def _page_rank(observed: Observed, prompt: int, valid: Tensor) -> Tensor:
+    """``(S,)`` how often walks along the attention of the sequence come by each column."""
+    columns = valid.nonzero().squeeze(1)
+    held = observed.key.shape[2] - observed.query.shape[2]
+    logits = observed.logits(prompt, columns)[:, :, held + columns]
+    rank = torch.zeros(valid.shape[0], device=valid.device)
+    return rank.index_copy(0, columns, attention_page_rank(logits[None])[0])
 
 
 def _mean_received(observed: Observed, prompt: int, valid: Tensor, chunk: int = 512) -> Tensor:

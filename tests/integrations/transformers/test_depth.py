@@ -346,6 +346,7 @@ SIGNALS = (
     "last_token_attention",
     "prompt_attention",
     "decoder_received_attention",
+    "attention_page_rank",
     "unrotated_attention",
     "decoder_keys",
     "prompt_keys",
@@ -404,6 +405,12 @@ def test_signals_equal_eager_attention(name: str, side: str) -> None:
         assert torch.allclose(mine.signal("prompt_attention")[0], rows, atol=1e-5)
         received = attention[prompt][mask[prompt]].mean(0)[columns]
         assert torch.allclose(mine.signal("decoder_received_attention")[0], received, atol=1e-5)
+        # A softmax at another temperature is the power of the softmax, scaled to sum to one.
+        walks = out.attentions[1][prompt][:, mask[prompt]][..., mask[prompt]].double().pow(10)
+        walks = walks / walks.sum(-1, keepdim=True)
+        steps = walks.matrix_power(5).mean(1).square().mean(0).sqrt()
+        rank = torch.zeros(mask.shape[1]).masked_scatter(mask[prompt], steps.float())[columns]
+        assert torch.allclose(mine.signal("attention_page_rank")[0], rank, atol=1e-5)
         assert torch.allclose(mine.signal("prompt_states")[0], states[prompt, text], atol=1e-4)
         assert mine.signal("decoder_keys").shape == (1, len(columns), 2 * 16)
         assert mine.signal("prompt_keys").shape == (1, len(text), 2 * 16)
