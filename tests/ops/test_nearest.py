@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from support.clouds import clouds, quick
 from tokenreduce.errors import TokensError, UnknownName
-from tokenreduce.neighbors import exact, nearest
+from tokenreduce.neighbors import exact, nearest, nearest_earlier
 
 
 def slow_values(queries, keys, metric, exclude_self):
@@ -86,3 +86,38 @@ def test_what_does_not_fit_is_refused():
         nearest(tokens, tokens, 3, exclude_self=True)
     with pytest.raises(UnknownName, match="torch"):
         nearest(tokens, tokens, backend="torhc")
+
+
+@quick
+@given(clouds(min_tokens=1), st.integers(1, 9))
+def test_the_most_similar_earlier_token(cloud, tile):
+    features = cloud[0]
+    rows = torch.arange(0, len(features), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "TILE_ROWS", tile)
+        value, place = nearest_earlier(features, rows, backend="torch")
+    unit = features[rows].double()
+    norm = unit.norm(dim=-1, keepdim=True)
+    unit = torch.where(norm == 0, unit.shape[-1] ** -0.5, unit / norm.clamp(min=1e-8))
+    cosine = unit @ unit.T
+    assert value[0] == -torch.inf
+    assert place[0] == -1
+    for i in range(1, len(rows)):
+        best = cosine[i, :i].max()
+        assert float(value[i]) == pytest.approx(float(best), abs=1e-5)
+        near = [j for j in range(i) if cosine[i, j] >= best - 2e-6]
+        assert int(place[i]) in near
+        if len(set(cosine[i, near].round(decimals=9).tolist())) == 1:
+            assert int(place[i]) == near[0]
+
+
+def test_earlier_ties_go_to_the_lowest_index_across_tiles(monkeypatch):
+    monkeypatch.setattr(exact, "TILE_ROWS", 4)
+    frame = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    _, place = nearest_earlier(frame.repeat(4, 1), torch.arange(20), backend="torch")
+    assert place[5:].tolist() == list(range(5)) * 3
+
+
+def test_earlier_search_of_the_wrong_shape_is_refused():
+    with pytest.raises(TokensError, match="features"):
+        nearest_earlier(torch.ones(1, 3, 2), torch.arange(3))

@@ -35,6 +35,15 @@ def test_as_on_the_cpu(name, grid):
     assert again.features.equal(got.features)
 
 
+def test_a_long_item() -> None:
+    subject = Subject.of("lftr")
+    tokens = subject.image(72, 72, batch=1)
+    reducer = subject.create(keep_ratio=0.0625)
+    assert on_cuda(tokens).features.is_cuda
+    got, expected = reducer(on_cuda(tokens)), reducer(tokens)
+    assert got.positions.cpu().equal(expected.positions)
+
+
 @pytest.mark.parametrize("k", [1, 5, 60])
 def test_top_k(k):
     generator = torch.Generator().manual_seed(k)
