@@ -6,7 +6,7 @@ import nox
 
 nox.options.sessions = ["transformers"]
 
-RELEASES = {"oldest": "transformers==5.19.0", "newest": "transformers>=5.19,<6"}
+RELEASES = {"oldest": "transformers==5.22.0", "newest": "transformers>=5.22,<6"}
 
 
 @nox.session

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from support.tiny_models import (
@@ -173,6 +174,8 @@ class Tiny:
         changes: settings that shrinking cannot guess.
         decoder: path of the text decoder in the model.
         types: name under which the model reads the modality of each token, if it does.
+        since: first release of transformers in which the unmodified model runs, if that is later
+            than its class.
     """
 
     model: str
@@ -183,6 +186,13 @@ class Tiny:
     further: Any = None
     after_head: Any = None
     seq2seq: str | None = None
+    since: str = "5"
+
+    @property
+    def in_this_release(self) -> bool:
+        """Whether the installed transformers has the model."""
+        installed = Version(Version(transformers.__version__).base_version)
+        return hasattr(transformers, self.model) and installed >= Version(self.since)
 
     def case(self, side: str = "left") -> Case:
         """Two prompts of unequal length."""
@@ -1374,6 +1384,7 @@ TINY: dict[str, Tiny] = {
         model="VipLlavaForConditionalGeneration",
         visual=images(grid(1, 4, 4)),
         changes={"vision_feature_layer": [-2, 1]},
+        since="5.23",
     ),
     "instructblip-vicuna": Tiny(
         model="InstructBlipForConditionalGeneration",

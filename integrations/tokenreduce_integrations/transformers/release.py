@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from tokenreduce.errors import UnsupportedRelease
 
-OLDEST: Final = "5.19"
+OLDEST: Final = "5.22"
 """Earlier ones merge visual features or number positions in other ways."""
 NEXT_MAJOR: Final = "6"
 

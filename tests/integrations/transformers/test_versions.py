@@ -35,7 +35,7 @@ def test_another_release_is_refused_where_a_pipeline_is_attached(
         tr.attach(case.model, UnevenRandom())
 
 
-@pytest.mark.parametrize("release", [f"{OLDEST}.0", "5.19.0.dev0", "5.99.1"])
+@pytest.mark.parametrize("release", [f"{OLDEST}.0", "5.22.0.dev0", "5.99.1"])
 def test_a_supported_release_is_attached_to(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = llava()
     pretend(release, monkeypatch)
