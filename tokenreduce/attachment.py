@@ -123,7 +123,9 @@ class Attachment(ABC):
 
         Raises:
             TokensError: if they are malformed.
+            AttachmentError: if the pipeline is attached no more.
         """
+        self._require_attached()
         before, self.regions = self.regions, Regions(regions)
         try:
             yield
@@ -163,7 +165,7 @@ class Attachment(ABC):
                 "as in budget(keep=64, stage=0)."
             )
         index = 0 if stage is None else stage
-        if index not in range(len(self.stages)):
+        if type(index) is not int or index not in range(len(self.stages)):
             raise AttachmentError(
                 f"stage={stage!r}: this pipeline has the stages 0 to {len(self.stages) - 1}."
             )

@@ -122,7 +122,7 @@ def dump_pipeline(pipeline: Pipeline) -> str:
         keys = ("site", "total", "layer", *COSTS)
         own: dict[str, Any] = {key: getattr(stage, key) for key in keys}
         if stage.schedule is not None:
-            own["schedule"] = dict(stage.schedule)
+            own["schedule"] = {n: _written(share) for n, share in dict(stage.schedule).items()}
         own = {key: value for key, value in own.items() if value is not None}
         stages.append({"strategy": entry.pop("strategy"), **own, **entry})
     data["reduce"] = stages
@@ -266,6 +266,8 @@ def _stage(data: object, place: _Place) -> Stage:
     own: dict[str, Any] = {}
     if isinstance(data, dict):
         own = {key: data[key] for key in _STAGE_KEYS if data.get(key) is not None}
+        if isinstance(own.get("schedule"), dict):
+            own["schedule"] = {n: _budget_value(share) for n, share in own["schedule"].items()}
         data = {key: value for key, value in data.items() if key not in _STAGE_KEYS}
     reducer = _reducer(data, place, own_keys=_STAGE_KEYS)
     with _located(place):
@@ -418,10 +420,17 @@ def _changed(settings: ModelSettings | Reducer, place: _Place) -> dict[str, Any]
         factory = f.default_factory
         default = f.default if factory is dataclasses.MISSING else factory()
         if f.init and (default is dataclasses.MISSING or value != default):
-            if f.name in BUDGET_FIELDS and isinstance(value, Fraction):
-                value = f"{value.numerator}/{value.denominator}"
+            if f.name in BUDGET_FIELDS:
+                value = _written(value)
             entry[f.name] = _plain(value, place / f.name)
     return entry
+
+
+def _written(share: Any) -> Any:
+    """A budget as YAML can hold it: a fraction is written out."""
+    if isinstance(share, Fraction):
+        return f"{share.numerator}/{share.denominator}"
+    return share
 
 
 _SCALARS: tuple[type, ...] = (str, bool, int, float, type(None))

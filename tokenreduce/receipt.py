@@ -240,8 +240,10 @@ class Receipt:
                 place = stage.site if stage.layer is None else f"{stage.site} layer {stage.layer}"
                 steps.append(f"{stage.tokens_out} ({stage.strategy} at {place}{guarded}{why})")
             lines.append(" -> ".join(steps))
-        factor = self.tokens_in / self.tokens_out if self.tokens_out else float("inf")
-        last = [f"{self.tokens_in} -> {self.tokens_out} visual tokens ({factor:.1f}x fewer)"]
+        fewer = "all withdrawn"
+        if self.tokens_out:
+            fewer = f"{self.tokens_in / self.tokens_out:.1f}x fewer"
+        last = [f"{self.tokens_in} -> {self.tokens_out} visual tokens ({fewer})"]
         if self.layers:
             last.append(f"LLM sequence {self.sequence_in} -> {self.sequence_out}")
         last.append(f"selection {self.selection_ms:.1f} ms")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from numbers import Integral
 from typing import Protocol
 
@@ -387,14 +386,27 @@ def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:
         raise PipelineError(
             f"a schedule maps layers to shares, as in {{8: 0.5, 16: 0.25}}, got {given!r}."
         )
-    pairs = sorted((_check_layer("schedule", layer), share) for layer, share in given)
+    for entry in given:
+        if not isinstance(entry, tuple | list) or len(entry) != 2:
+            raise PipelineError(
+                "a schedule maps layers to shares, as in {8: 0.5, 16: 0.25}, got the entry "
+                f"{entry!r}."
+            )
+    pairs = sorted(
+        ((_check_layer("schedule", layer), share) for layer, share in given), key=lambda p: p[0]
+    )
     if len({layer for layer, _ in pairs}) < len(pairs):
         raise PipelineError(f"schedule names a layer twice: {given!r}.")
     before: float = 1
     for layer, share in pairs:
+        if share is None:
+            raise BudgetError(f"schedule: layer {layer} has no share. Give a number in [0, 1].")
         if share != 0 or site != "decoder":
-            Budget(keep_ratio=share)
-        if Fraction(share) > Fraction(before):
+            try:
+                Budget(keep_ratio=share)
+            except BudgetError as error:
+                raise BudgetError(f"schedule: layer {layer}: {error}") from error
+        if float(share) > float(before):
             raise BudgetError(
                 f"schedule: after layer {layer} a share of {share} is more than the {before} that "
                 "an earlier layer leaves. Shares are of the original tokens."

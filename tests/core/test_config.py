@@ -623,6 +623,9 @@ def test_writing_leaves_out_defaults() -> None:
 
 
 def test_a_schedule_survives_writing() -> None:
+    exact = load_pipeline(one(site="decoder", schedule={8: "1/3"}))
+    assert exact.stages[0].schedule == ((8, Fraction(1, 3)),)
+    assert load_pipeline(yaml.safe_load(dump_pipeline(exact))) == exact
     pipeline = load_pipeline(one(site="decoder", schedule={8: 0.5, 2: 1, 16: 0}))
     assert pipeline.stages[0].layers == (2, 8, 16)
     assert "schedule:\n    2: 1\n    8: 0.5\n    16: 0" in dump_pipeline(pipeline)

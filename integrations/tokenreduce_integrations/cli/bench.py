@@ -144,7 +144,7 @@ def _print(found: Comparison) -> None:
             )
     out.print(table(("", ">pipeline", f">unmodified ({found.attention})"), rows))
     for batch, speedup in found.speedup.items():
-        out.print(f"first token {speedup:.2f}x faster at batch {batch}", markup=False)
+        out.print(f"first token at {speedup:.2f}x the speed at batch {batch}", markup=False)
     for warning in found.warnings:
         out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     out.print(str(found.receipt), style="dim", markup=False, soft_wrap=True)

@@ -61,6 +61,7 @@ class EncoderAttachment(Uncopyable, Attachment):
         Raises:
             AttachmentError: if something else replaced the same methods since.
         """
+        self.attached = False
         wrappers, self._wrappers = self._wrappers, []
         try:
             restore_all(wrappers)
@@ -132,6 +133,11 @@ class EncoderAttachment(Uncopyable, Attachment):
             self._make_record = lambda: (Receipt(reason=reason), ())
             return call(*args, **kwargs)
         self._refuse()
+        if self.regions:
+            raise UnsupportedSite(
+                "regions cannot be protected where a stage inside the encoder drops or merges "
+                "their tokens first: leave the regions out."
+            )
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}

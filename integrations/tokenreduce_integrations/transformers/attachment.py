@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +85,8 @@ class _Call:
         plan: the sequence that entered the decoder; None if it is the given one.
         entered: the slots of that sequence.
         cache: the caller's cache, where the decoder was given a view of it; else None.
-        choice: what the stages before the LLM made of the visual items, if there are any.
+        choice: what the stages before the LLM made of the visual items, if some are cut between
+            its layers too.
         run: what happens between the layers; None if nothing does.
     """
 
@@ -156,22 +158,35 @@ class TransformersAttachment(Uncopyable, Attachment):
         self._axes = len(getattr(rotary, "mrope_section", None) or (0, 0, 0))
         self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._depth: DecoderSite | None = None
-        if layers := sorted({n for s in stages if s.site == "decoder" for n in s.layers}):
-            needs = _needs(stages, "decoder")
-            self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), layers, needs)
-        self._watch = self._make_watch(joint)
-        self._generate_watch = GenerateWatch(model)
-        self._handles = [
-            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, always_call=True),
-        ]
+        inside = [stage for stage in stages if stage.site == "decoder"]
+        layers = sorted({layer for stage in inside for layer in stage.layers})
+        with ExitStack() as undo:
+            self._watch = self._make_watch(joint)
+            undo.callback(self._watch.detach)
+            if layers:
+                read = {n: _needs([s for s in inside if n in s.layers], "decoder") for n in layers}
+                self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), read)
+                undo.callback(self._depth.detach)
+            self._generate_watch = GenerateWatch(model)
+            self._handles = [
+                decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+                decoder.register_forward_hook(self._after_decoder, always_call=True),
+            ]
+            undo.pop_all()
 
     def _make_watch(self, joint: JointEncoder | None) -> Any:
         """What tells of the visual items of a call."""
-        probe = None
-        if self._encoder_needs and self.family.probe is not None:
-            probe = self.family.probe(self.owner, self._encoder_needs, joint)
-        return VisualWatch(self.owner, self.family, probe, self._encoder_site(self.owner))
+        with ExitStack() as undo:
+            site = self._encoder_site(self.owner)
+            if site is not None:
+                undo.callback(site.detach)
+            probe = None
+            if self._encoder_needs and self.family.probe is not None:
+                probe = self.family.probe(self.owner, self._encoder_needs, joint)
+                undo.callback(probe.detach)
+            watch = VisualWatch(self.owner, self.family, probe, site)
+            undo.pop_all()
+        return watch
 
     def detach(self) -> None:
         """See :meth:`tokenreduce.attachment.Attachment.detach`; detaching twice does nothing.
@@ -273,9 +288,9 @@ class TransformersAttachment(Uncopyable, Attachment):
         cut = choice if cuts else None
         run = self._between_layers(cut, cache, given, plan, entered, embeds.dtype)
         if shorter is None:
-            self._under_way.call = _Call(given, plan, entered, None, choice, run)
+            self._under_way.call = _Call(given, plan, entered, None, cut, run)
             return None
-        self._under_way.call = call = _Call(given, plan, entered, cache, choice, run)
+        self._under_way.call = call = _Call(given, plan, entered, cache, cut, run)
         if cache is not None:
             call.ledger(plan, {} if ledger is None else ledger.deeper).install(cache)
             shorter["past_key_values"] = Ledger.view(cache)
@@ -340,7 +355,13 @@ class TransformersAttachment(Uncopyable, Attachment):
                 f"visual features were encoded before the pipeline was attached, or while it was "
                 f"disabled: its stage at the site {sites[0]!r} never saw them. Encode them again."
             )
-        if not self.enabled and any(o.reduction is not None for o in earlier or ()):
+        left_out = any(outcome.reduction is not None for outcome in earlier or ())
+        if self.enabled and left_out and not sites:
+            raise AttachmentError(
+                "visual features were encoded while a pipeline with stages before or inside the "
+                "encoder was attached, and lack what those left out. Encode them again."
+            )
+        if not self.enabled and left_out:
             raise AttachmentError(
                 "the attachment is disabled, but visual features were encoded while it was not, "
                 "and lack what its stages left out. Encode them again."
@@ -451,8 +472,9 @@ class TransformersAttachment(Uncopyable, Attachment):
         built = self.family.mask is None and is_built(given.get("attention_mask"))
         if built and not (cache is not None and cache.is_compileable):
             raise UnsupportedModel(
-                f"{type(self.model).__name__} builds its own attention mask before the decoder: "
-                f"the {self.family.name} adapter cannot shorten it."
+                f"the decoder of {type(self.model).__name__} was given a finished attention mask, "
+                f"which the {self.family.name} adapter cannot shorten. If you passed it, pass a "
+                "mask of shape (batch, sequence) instead."
             )
 
     @outside_compilation
@@ -578,9 +600,28 @@ def kv_bytes_per_token(decoder: Any) -> int:
     """Bytes of keys and values of one token over all layers of a decoder."""
     parameter = next(decoder.parameters())
     element = parameter.element_size() if parameter.is_floating_point() else 2
-    layers = getattr(decoder.config, "per_layer_config", None) or [decoder.config]
-    repeats = decoder.config.num_hidden_layers // len(layers)
-    return 2 * sum(_key_width(layer) for layer in layers) * int(element * repeats)
+    config = decoder.config
+    if getattr(config, "kv_lora_rank", None):
+        return 0  # latent attention caches what it likes
+    per_layer = getattr(config, "per_layer_config", None)
+    if per_layer:
+        repeats = config.num_hidden_layers // len(per_layer)
+        return 2 * sum(_key_width(layer) for layer in per_layer) * int(element * repeats)
+    return 2 * _key_width(config) * _remembering_layers(config) * int(element)
+
+
+def _remembering_layers(config: Any) -> int:
+    """Layers that hold keys and values of visual tokens."""
+    crossing = getattr(config, "cross_attention_layers", None)
+    if crossing is not None:
+        return len(crossing)
+    if getattr(config, "is_encoder_decoder", False):
+        names = ("num_decoder_layers", "decoder_layers")
+        return int(next(getattr(config, name) for name in names if hasattr(config, name)))
+    kinds = getattr(config, "layer_types", None) or ()
+    if not kinds:
+        return int(config.num_hidden_layers)
+    return sum("attention" in kind and "linear" not in kind for kind in kinds)
 
 
 def _key_width(config: Any) -> int:

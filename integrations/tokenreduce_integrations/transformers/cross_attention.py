@@ -79,6 +79,8 @@ class CrossAttentionAttachment(TransformersAttachment):
         states = states.reshape(batch, -1, states.shape[-1])
         real = tiles.flatten(1).repeat_interleave(states.shape[1] // tiles[0].numel(), 1)
         visual = VisualInput({"image": real}, {"image": self._items(tiles, states.shape[1])})
+        if self.enabled and self.regions:
+            visual = self._with_regions(visual)
         choice = self._choose(visual, {"inputs_embeds": states})
         embeds = kwargs.get("inputs_embeds")
         length = (kwargs["input_ids"] if embeds is None else embeds).shape[1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,12 @@ from tokenreduce.receipt import Stopwatch
 from tokenreduce.stage import ItemOutcome, Stage, keep_all_outcomes, run_stages
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
-from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
+from tokenreduce_integrations.transformers.hooks import (
+    ABSENT,
+    Uncopyable,
+    outside_compilation,
+    restore_methods,
+)
 from tokenreduce_integrations.transformers.ledger import Slots
 from tokenreduce_integrations.transformers.rows import RowProbe
 from tokenreduce_integrations.transformers.sequence import (
@@ -36,6 +42,7 @@ from tokenreduce_integrations.transformers.sequence import (
 )
 from tokenreduce_integrations.transformers.watch import PlacedItem
 
+_DEEPSTACK = "_deepstack_process"
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -262,8 +269,7 @@ class DecoderSite(Uncopyable):
     Args:
         decoder: the module that runs the LLM's layers.
         stages: the stages at the decoder site that act now; asked at every call.
-        layers: after how many layers each of them cuts.
-        needs: names of the signals that they read.
+        needs: after how many layers they cut, and the names of the signals that they read there.
 
     Raises:
         UnsupportedSite: if the decoder's layers cannot be cut between.
@@ -273,27 +279,32 @@ class DecoderSite(Uncopyable):
         self,
         decoder: Any,
         stages: Callable[[], tuple[Stage, ...]],
-        layers: Sequence[int],
-        needs: Sequence[str],
+        needs: Mapping[int, Sequence[str]],
     ) -> None:
-        check_depth(decoder, layers)
+        check_depth(decoder, list(needs))
         self._decoder = decoder
         self._stages = stages
         self._under_way = _UnderWay()
-        self._probes = {
-            layer: RowProbe(decoder.layers[layer - 1], needs, self._is_prefill) for layer in layers
-        }
-        self._first = min(layers)
+        self._probes: dict[int, RowProbe] = {}
+        with ExitStack() as undo:
+            for layer, names in needs.items():
+                probe = RowProbe(decoder.layers[layer - 1], names, self._is_prefill)
+                undo.callback(probe.detach)
+                self._probes[layer] = probe
+            undo.pop_all()
+        self._first = min(needs)
         self._signatures = [inspect.signature(layer.forward) for layer in decoder.layers]
         self._extra = [_var_keyword(signature) for signature in self._signatures]
         self._handles: list[RemovableHandle] = [
             decoder.layers[i].register_forward_pre_hook(self._hook(i), with_kwargs=True)
             for i in range(self._first, len(decoder.layers))
         ]
-        self._deepstack: Any = None
-        if hasattr(decoder, "_deepstack_process"):
-            self._deepstack = decoder._deepstack_process
-            decoder._deepstack_process = self._shortened_deepstack
+        self._wrapped: dict[str, tuple[object, object]] = {}
+        self._deepstack: Any = getattr(decoder, "_deepstack_process", None)
+        if self._deepstack is not None:
+            before, wrapper = vars(decoder).get(_DEEPSTACK, ABSENT), self._shortened_deepstack
+            self._wrapped[_DEEPSTACK] = before, wrapper
+            setattr(decoder, _DEEPSTACK, wrapper)
 
     def reaches(self, layers: Collection[int]) -> bool:
         """Whether layers at these depths are hooked."""
@@ -315,10 +326,11 @@ class DecoderSite(Uncopyable):
             )
         self._under_way.run = run
 
-    def end(self) -> DepthRun | None:
+    def end(self) -> None:
         """The decoder has run, or failed."""
-        run, self._under_way.run = self._under_way.run, None
-        return run
+        self._under_way.run = None
+        for probe in self._probes.values():
+            probe.forget()
 
     def detach(self) -> None:
         """Remove every hook; detaching twice does nothing."""
@@ -326,9 +338,8 @@ class DecoderSite(Uncopyable):
             handle.remove()
         for probe in self._probes.values():
             probe.detach()
-        if self._deepstack is not None:
-            del self._decoder._deepstack_process
-            self._deepstack = None
+        wrapped, self._wrapped = self._wrapped, {}
+        restore_methods(self._decoder, wrapped)
 
     def _is_prefill(self) -> bool:
         run = self._under_way.run
@@ -436,6 +447,13 @@ def check_depth(decoder: Any, layers: Sequence[int]) -> None:
         raise UnsupportedSite(
             f"{name} has layers of type {', '.join(running)}, whose state cannot forget tokens: "
             "stages at the decoder site do not serve it. Use the projector site."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise UnsupportedSite(
+            f"{name} mixes layers of type {', '.join(sorted(kinds))}: masks of each type are sized "
+            "by its first layer, which a stage before that layer would make shorter than the "
+            "others. Use the projector site."
         )
     if getattr(config, "num_kv_shared_layers", None):
         raise UnsupportedSite(

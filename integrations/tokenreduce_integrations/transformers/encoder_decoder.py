@@ -16,7 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce_integrations.transformers.attachment import Choice, TransformersAttachment
-from tokenreduce_integrations.transformers.hooks import outside_compilation
+from tokenreduce_integrations.transformers.hooks import (
+    ABSENT,
+    outside_compilation,
+    restore_methods,
+)
 from tokenreduce_integrations.transformers.ledger import Given, Slots
 from tokenreduce_integrations.transformers.sequence import SequencePlan, gather_outputs
 
@@ -36,10 +40,12 @@ class EncoderAttachment(TransformersAttachment):
 
     def detach(self) -> None:
         """See :meth:`tokenreduce.attachment.Attachment.detach`; detaching twice does nothing."""
-        biased, self._biased = self._biased, []
-        for attention in biased:
-            del attention.compute_bias
-        super().detach()
+        biased, self._biased = self._biased, {}
+        try:
+            for attention, wrapped in biased.items():
+                restore_methods(attention, wrapped)
+        finally:
+            super().detach()
 
     def _plan_under_way(self) -> tuple[SequencePlan, int] | None:
         call = self._under_way.call
@@ -107,7 +113,7 @@ def keep_positions(
     encoder: Any,
     plan: Callable[[], tuple[SequencePlan, int] | None],
     handles: list[RemovableHandle],
-) -> list[Any]:
+) -> dict[Any, dict[str, tuple[object, object]]]:
     """Give the encoder's tokens the positions that they have in the full sequence.
 
     Args:
@@ -117,7 +123,8 @@ def keep_positions(
         handles: where the hooks are noted.
 
     Returns:
-        the attention modules whose ``compute_bias`` is wrapped on the instance.
+        the attention modules whose ``compute_bias`` is wrapped on the instance, with what
+        :func:`restore_methods` needs.
     """
     table = getattr(encoder, "embed_positions", None)
     if table is not None:
@@ -131,9 +138,13 @@ def keep_positions(
 
         handles.append(table.register_forward_hook(outside_compilation(embedded)))
     biased = [m for m in encoder.modules() if getattr(m, "has_relative_attention_bias", False)]
+    wrapped: dict[Any, dict[str, tuple[object, object]]] = {}
     for attention in biased:
-        attention.compute_bias = _gathered_bias(attention.compute_bias, plan)
-    return biased
+        wrapper = _gathered_bias(attention.compute_bias, plan)
+        before = vars(attention).get("compute_bias", ABSENT)
+        wrapped[attention] = {"compute_bias": (before, wrapper)}
+        attention.compute_bias = wrapper
+    return wrapped
 
 
 def _gathered_bias(

@@ -167,8 +167,12 @@ class RowProbe:
             "unrotated_attention": self._unrotated_attention,
         }
         found = {name: read[name](asking) for name in self._needs}
-        self._caught.observed, self._caught.projected = None, {}
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Let go of what was seen."""
+        self._caught.observed, self._caught.projected = None, {}
 
     def _see(
         self,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenreduce.errors import UnsupportedModel
+from tokenreduce.errors import MediaError, UnsupportedModel
 from tokenreduce.reduction import Reduction
 
 
@@ -90,6 +90,13 @@ def gather_outputs(
     kept_rows, kept_columns = torch.cat(rows), torch.cat(columns)
     # What the caller masked out stays out, whatever a strategy chose.
     keep[kept_rows, kept_columns] = tokens[kept_rows, kept_columns]
+    if any(item.reduction is not None and item.reduction.kept == 0 for item in items):
+        empty = (~keep.any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise MediaError(
+                f"prompt {empty[0]} consists of visual tokens alone, and a stage drops them all: "
+                "nothing would be left to answer. Ask something, or keep at least one token."
+            )
     if merged:
         place_rows, place_columns, features = (
             torch.cat(parts) for parts in zip(*merged, strict=True)
@@ -170,9 +177,9 @@ def query_mask(attention_mask: object, past: int, batch: int, length: int) -> Te
     if attention_mask.ndim == 4:
         if attention_mask.shape[-1] < past + length:
             raise UnsupportedModel(
-                f"a static cache with a sliding window of {attention_mask.shape[-1]} tokens, "
-                f"shorter than the sequence of {past + length}: use the default dynamic cache "
-                "while a pipeline is attached."
+                f"an attention mask of {attention_mask.shape[-1]} columns for a sequence of "
+                f"{past + length} tokens (a static cache with a sliding window?): use the default "
+                "dynamic cache while a pipeline is attached."
             )
         # A token sees itself whatever the window; padding is seen by nobody.
         itself = attention_mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)[:, :length]

@@ -12,7 +12,7 @@ from support import support_matrix
 from support.reducers import EveryOther, UnevenRandom
 from support.tiny_families import mllama
 from support.tiny_models import Case
-from tokenreduce.errors import AttachmentError, UnsupportedModel
+from tokenreduce.errors import AttachmentError, TokensError, UnsupportedModel
 
 STEPS = 4
 
@@ -163,6 +163,15 @@ def test_what_it_cannot_follow_is_refused() -> None:
             )
     with pytest.raises(AttachmentError, match="already"), tr.attach(case.model, UnevenRandom()):
         tr.attach(case.model, UnevenRandom())
+
+
+def test_regions_of_tiles_are_refused() -> None:
+    case = mllama()
+    with (
+        tr.attach(case.model, UnevenRandom(), protect=[(0, 0, 1, 1)]),
+        pytest.raises(TokensError, match="regions cannot be protected"),
+    ):
+        forward(case)
 
 
 def test_the_matrix_shows_what_was_proved() -> None:

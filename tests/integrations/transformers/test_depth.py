@@ -29,6 +29,7 @@ from support.tiny_models import (
 from tokenreduce.errors import (
     AttachmentError,
     BudgetError,
+    MediaError,
     PipelineError,
     UnsupportedSite,
 )
@@ -445,6 +446,63 @@ def test_a_sliding_window_shorter_than_the_sequence_is_refused() -> None:
 def test_a_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="last place for a stage is layer=3"):
         tr.attach(llava().model, decoder_stage({4: 0.5}))
+
+
+def test_layers_of_several_kinds_are_refused() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    text = {"model_type": "qwen2", "layer_types": kinds, "use_sliding_window": True, **TEXT}
+    config = transformers.LlavaConfig(
+        vision_config=CLIP, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2
+    )
+    with pytest.raises(UnsupportedSite, match="mixes layers of type full_attention, sliding"):
+        tr.attach(transformers.LlavaForConditionalGeneration(config), STAGES["one layer"])
+
+
+def test_a_prompt_of_images_alone_cannot_lose_them_all() -> None:
+    case = single(llava())
+    case.inputs["input_ids"] = torch.full((1, 16), IMAGE)
+    case.inputs["attention_mask"] = torch.ones(1, 16, dtype=torch.long)
+    with (
+        tr.attach(case.model, STAGES["all leave"]),
+        torch.no_grad(),
+        pytest.raises(MediaError, match="nothing would be left"),
+    ):
+        case.model(**case.batch())
+
+
+def test_a_new_image_while_disabled_goes_through_whole() -> None:
+    case = single(llava())
+    more = torch.tensor([[IMAGE] * 16 + words(3, 12)])
+    picture = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    with tr.attach(case.model, STAGES["one layer"]) as run, torch.no_grad():
+        cache = case.model(**case.batch(), use_cache=True).past_key_values
+        held = [layer.keys.shape[-2] for layer in cache.layers]
+        with run.disabled():
+            case.model(input_ids=more, pixel_values=picture, past_key_values=cache)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [n + 19 for n in held]
+
+
+def test_a_failed_attach_leaves_nothing() -> None:
+    case = CASES["qwen3-vl"]()
+    before = traces(case.model)
+    stages = [
+        tr.Stage(reducer=tr.create_strategy("uniform", keep=1), site="frames"),
+        tr.Stage(reducer=tr.create_strategy("tome", keep=4), site="vision", layer=1),
+        STAGES["one layer"],
+    ]
+    with pytest.raises(UnsupportedSite, match="in one pipeline"):
+        tr.attach(case.model, stages)
+    assert traces(case.model) == before
+    copy.deepcopy(case.model)
+
+
+def test_what_another_library_put_on_an_instance_stays() -> None:
+    model = CASES["qwen3-vl"]().model
+    decoder = model.model.language_model
+    original = decoder._deepstack_process
+    decoder._deepstack_process = mine = lambda *args: original(*args)
+    tr.attach(model, STAGES["one layer"]).detach()
+    assert vars(decoder)["_deepstack_process"] is mine
 
 
 def test_masked_images_are_refused() -> None:

@@ -19,6 +19,7 @@ from support.tiny_models import (
     IMAGE,
     TEXT,
     Case,
+    enable_checkpointing,
     lively,
     llava,
     onevision,
@@ -313,7 +314,7 @@ def test_gradients_flow(name: str, checkpointing: bool) -> None:
         expected = gradient()
         assert expected.abs().max() > 0
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
             if name == "internvl":
                 with pytest.raises(UnsupportedModel, match="checkpointing"):
                     gradient()
