@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +14,6 @@ from torch import Tensor
 import tokenreduce as tr
 from support.timm_llava import write_timm_llava
 from tokenreduce.errors import MissingSignal, PipelineError, UnknownName
-from tokenreduce.hookspecs import hookimpl
-from tokenreduce.plugins import installed
 from tokenreduce_integrations.pruning.surgery import PLAN_FILE
 
 pytest.importorskip("torchao", reason="needs the extra quant")
@@ -49,12 +45,13 @@ ENCODERS: dict[str, dict[str, Any] | None] = {
 STAGES: dict[str, list[dict[str, Any]]] = {
     "lftr": [{"strategy": "lftr", "reduction": 8}],
     "visionzip": [{"strategy": "visionzip", "reduction": 8}],
-    "lftr+norm-at-depth": [
+    "tome-inside-encoder": [{"strategy": "tome", "site": "vision", "keep_ratio": 0.5}],
+    "lftr+fastv-inside-llm": [
         {"strategy": "lftr", "reduction": 4},
-        {"strategy": "loudest", "site": "decoder", "schedule": {2: 0.5}},
+        {"strategy": "fastv", "site": "decoder", "layer": 2, "keep_ratio": 0.5},
     ],
 }
-KEPT = {"lftr": 18, "visionzip": 18, "lftr+norm-at-depth": 18}
+KEPT = {"lftr": 18, "visionzip": 18, "tome-inside-encoder": 72, "lftr+fastv-inside-llm": 18}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,28 +62,6 @@ def quiet() -> Any:
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(before)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loudest(tr.Scorer):
-    """Keeps hidden states of largest norm, between the layers of the LLM."""
-
-    def score(self, tokens: tr.VisualTokens) -> Tensor:
-        return tokens.features.float().norm(dim=-1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loudest() -> Any:
-    @hookimpl
-    def register_strategies(register: Any) -> None:
-        register("loudest", f"{__name__}:Loudest", summary="Loudest.", sites=("decoder",))
-
-    plugins = installed()
-    status = plugins.load("loudest", SimpleNamespace(register_strategies=register_strategies))
-    assert status.state == "loaded", status.error
-    yield
-    plugins.statuses.remove(status)
-    plugins.strategies.remove("loudest")
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +222,20 @@ def test_unknown_backends() -> None:
         pipeline("testbed:b", {"backend": "torch_ao"}, None, STAGES["lftr"])
     with pytest.raises(UnknownName, match="Did you mean 'torch_pruning'"):
         pipeline("testbed:b", None, {"backend": "torch-pruning"}, STAGES["lftr"])
+
+
+def test_stages_inside_a_timm_tower_do_what_they_do_inside_the_bare_one(timm_folder: Path) -> None:
+    stages = STAGES["tome-inside-encoder"]
+    model, processor, run = pipeline(str(timm_folder), None, None, stages).build()
+    inputs = prompt(processor)
+    logits(model, inputs)
+    [inside] = run.reductions
+    run.detach()
+    bare = model.model.vision_tower.timm_model
+    stage = tr.Stage(reducer=tr.create_strategy("tome", keep_ratio=0.5), site="vision")
+    with tr.attach(bare, stage) as alone, torch.no_grad():
+        bare(inputs["pixel_values"])
+        [expected] = alone.reductions
+    # The bare tower's sequence begins with a class token.
+    assert torch.equal(inside.kept, expected.kept[1:] - 1)
+    assert torch.equal(inside.assignment, expected.assignment[1:] - 1)

@@ -42,6 +42,8 @@ class _Latest(threading.local):
 
 def prefix_tokens(tower: Any) -> int:
     """Class and register tokens that come before the patches."""
+    if (inner := getattr(tower, "timm_model", None)) is not None:
+        return int(inner.num_prefix_tokens)
     embeddings = tower.embeddings
     classes = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
     return int(classes) + int(getattr(tower.config, "num_register_tokens", 0))
@@ -49,7 +51,8 @@ def prefix_tokens(tower: Any) -> int:
 
 def patch_grid(tower: Any, pixels: Tensor, patches: int) -> Layout:
     """Where the patches of an image lie: a grid, if the tower cuts it into one."""
-    size = tower.config.patch_size
+    inner = getattr(tower, "timm_model", None)
+    size = tower.config.patch_size if inner is None else inner.patch_embed.patch_size
     sides = size if isinstance(size, list | tuple) else (size, size)
     grid = [extent // side for extent, side in zip(pixels.shape[-2:], sides, strict=True)]
     return grid_layout(grid, patches)
@@ -127,6 +130,9 @@ class _TowerSite(Uncopyable, ABC):
     def _exposed(self, given: Given) -> frozenset[int]:
         """Blocks whose outputs are read outside the tower."""
         count = len(self._stack.blocks)
+        if hasattr(self._tower, "timm_model"):
+            # timm makes a map of every block's output, read or not.
+            return frozenset(range(count))
         asked = given.get("output_hidden_states")
         if asked is None:
             asked = getattr(self._tower.config, "output_hidden_states", False)
