@@ -92,6 +92,12 @@ class Stage:
             )
         if self.schedule is not None:
             object.__setattr__(self, "schedule", _schedule(self.schedule, self.site))
+        if self.limit is not None and self.site in ("frames", "vision"):
+            raise BudgetError(
+                f"{self.limit} at the site {self.site!r}: it states what the LLM may spend, and "
+                "how many of its tokens stand for one of the encoder's depends on the model. "
+                "State it at the projector or decoder site."
+            )
         self._check_depth()
 
     def _check_depth(self) -> None:

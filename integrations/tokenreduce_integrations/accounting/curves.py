@@ -13,6 +13,7 @@ from torch import nn
 
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce_integrations.accounting.flops import count_flops
+from tokenreduce_integrations.accounting.parts import LLM, Part
 from tokenreduce_integrations.transformers.attachment import kv_bytes_per_token
 from tokenreduce_integrations.transformers.families import find_decoder
 
@@ -107,32 +108,14 @@ def _count(decoder: Any, tokens: int) -> dict[int, int]:
     width = decoder.config.hidden_size
     embeds = torch.empty(1, tokens, width, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
-    wrapped = _Only(decoder)
+    parts: dict[nn.Module, Part] = {layer: (LLM, i) for i, layer in enumerate(decoder.layers)}
     # With a cache, positions are not searched for the bounds of packed prompts.
     flops = count_flops(
-        wrapped, lambda: decoder(inputs_embeds=embeds, position_ids=positions, use_cache=True)
+        decoder,
+        lambda: decoder(inputs_embeds=embeds, position_ids=positions, use_cache=True),
+        parts,
     )
     return dict(flops.layers)
-
-
-class _Only(nn.Module):
-    """A model of an LLM and nothing else."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def get_decoder(self) -> nn.Module:
-        return self.decoder
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def get_placeholder_mask(self) -> None:
-        """There is none: nothing visual is placed."""
-
-    def get_image_features(self) -> None:
-        """There are none: nothing visual is encoded."""
 
 
 def _fit(seen: Sequence[int]) -> Layer:

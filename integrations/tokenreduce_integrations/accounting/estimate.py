@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenreduce.errors import BudgetError, UnsupportedModel
+from tokenreduce.errors import BudgetError, UnsupportedModel, UnsupportedSite
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.accounting.curves import LanguageModelCost, language_model_cost
@@ -83,6 +83,7 @@ def estimate(
     Raises:
         BudgetError: if a stage decides from the data how many tokens to keep.
         UnsupportedModel: if the model's LLM cannot be counted.
+        UnsupportedSite: if a stage runs before or inside the encoder.
     """
     cost = cost or language_model_cost(model)
     visual = tokens_by_layer(stages, visual_tokens, len(cost.layers))
@@ -103,10 +104,21 @@ def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[
     """Visual tokens in each layer of the LLM, of ``tokens`` that enter.
 
     Raises:
-        BudgetError: if a stage decides from the data how many tokens to keep.
+        BudgetError: if a stage decides from the data, or on a live model, how many tokens to keep.
+        UnsupportedSite: if a stage runs before or inside the encoder.
     """
     for stage in stages:
+        if stage.site in ("frames", "vision"):
+            raise UnsupportedSite(
+                f"{stage.reducer.name} at the site {stage.site!r}: what it spares the encoder is "
+                "known only of what ran. Measure it."
+            )
         stage.require_budget()
+        if stage.limit is not None:
+            raise BudgetError(
+                f"{stage.limit} is solved for on a live model. Give keep, keep_ratio or reduction, "
+                "or measure it."
+            )
         if stage.reducer.budget is None and stage.schedule is None and stage.total is None:
             raise BudgetError(
                 f"{stage.reducer.name} decides from the data how many tokens to keep: its cost is "

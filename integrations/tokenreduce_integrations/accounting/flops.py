@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenreduce.errors import UncountedOperator
 from tokenreduce_integrations.accounting.operators import formulas, is_costly
-from tokenreduce_integrations.accounting.parts import LLM, PARTS, SELECTION, listening
+from tokenreduce_integrations.accounting.parts import (
+    LLM,
+    PARTS,
+    SELECTION,
+    Part,
+    listening,
+    modules_by_part,
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,20 @@ class _PartCounter(FlopCounterMode):
 
 
 @torch.no_grad()
-def count_flops(model: nn.Module, call: Callable[[], Any]) -> Flops:
+def count_flops(
+    model: nn.Module, call: Callable[[], Any], parts: Mapping[nn.Module, Part] | None = None
+) -> Flops:
     """FLOPs of a call of a model, of what really ran.
+
+    Args:
+        model: a multimodal model.
+        call: runs it.
+        parts: its parts, if they are known.
 
     Raises:
         UncountedOperator: if an operator ran that does products and has no formula.
     """
     counter = _PartCounter()
-    with counter, listening(model, counter):
+    with counter, listening(modules_by_part(model) if parts is None else parts, counter):
         call()
     return counter.flops

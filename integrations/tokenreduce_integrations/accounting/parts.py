@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ _PROJECTORS = (
 )
 
 
+#: A part, and of the LLM the number of the layer.
+Part = tuple[str, int | None]
+
+
 class Listener(Protocol):
     """What is told of the parts as a model runs."""
 
@@ -38,13 +42,13 @@ class Listener(Protocol):
         ...
 
 
-def modules_by_part(model: nn.Module) -> dict[nn.Module, tuple[str, int | None]]:
+def modules_by_part(model: nn.Module) -> dict[nn.Module, Part]:
     """The modules that make up each part, and the number of the LLM's layer; none holds another
     of the same part.
 
     Everything else that runs in a model is the choice of tokens, which no module of its own does.
     """
-    found: dict[nn.Module, tuple[str, int | None]] = {}
+    found: dict[nn.Module, Part] = {}
     decoder = find_decoder(model)
     for name, child in decoder.named_children():
         if name != "layers":
@@ -76,13 +80,13 @@ def find_tower(model: nn.Module) -> Any | None:
 
 
 @contextmanager
-def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
+def listening(parts: Mapping[nn.Module, Part], listener: Listener) -> Iterator[None]:
     """Tell a listener of the parts as they run, for as long as the context is open.
 
     Hooks that are on a module already run outside its part: they belong to an attachment.
     """
     handles = []
-    for module, (part, layer) in modules_by_part(model).items():
+    for module, (part, layer) in parts.items():
 
         def before(_: nn.Module, __: Any, part: str = part, layer: int | None = layer) -> None:
             listener.enter(part, layer)

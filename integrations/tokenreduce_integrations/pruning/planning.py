@@ -109,11 +109,32 @@ def _settings(
         for name in _FEATURE_LAYERS:
             chosen = getattr(model.config, name, None)
             if isinstance(chosen, int):
-                change("config", name, feature_layer(chosen, len(encoder.blocks), kept_blocks))
+                change("config", name, _moved(encoder, chosen, kept_blocks))
             elif chosen is not None:
-                after = [feature_layer(i, len(encoder.blocks), kept_blocks) for i in chosen]
-                change("config", name, after)
+                change("config", name, [_moved(encoder, i, kept_blocks) for i in chosen])
     return found
+
+
+def last_read(model: Any, encoder: Encoder) -> int:
+    """Index of the last block whose output is read."""
+    count = len(encoder.blocks)
+    named = (getattr(model.config, name, None) for name in _FEATURE_LAYERS)
+    chosen = next((value for value in named if value is not None), -1)
+    layers = [chosen] if isinstance(chosen, int) else list(chosen)
+    first = first_state(encoder)
+    return max(i + first if i >= 0 else count + 1 + i for i in layers) - 1
+
+
+def first_state(encoder: Encoder) -> int:
+    """How many blocks the first hidden state of an encoder has behind it: timm's has one."""
+    return int(hasattr(encoder.module, "timm_model"))
+
+
+def _moved(encoder: Encoder, index: int, kept: Sequence[int]) -> int:
+    if index < 0:
+        return feature_layer(index, len(encoder.blocks), kept)
+    first = first_state(encoder)
+    return max(0, feature_layer(index + first, len(encoder.blocks), kept) - first)
 
 
 def feature_layer(index: int, blocks: int, kept: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from tokenreduce_integrations.pruning.importance import (
     by_calibration,
     by_magnitude,
 )
-from tokenreduce_integrations.pruning.planning import make_plan
+from tokenreduce_integrations.pruning.planning import last_read, make_plan
 
 _SHARES = ("mlp_ratio", "head_ratio", "depth_ratio")
 _SCOPES = ("block", "encoder")
@@ -108,7 +108,7 @@ def _kept_blocks(
     count = len(encoder.blocks)
     leave = min(count - 1, _rounded(count * removed))
     held = set(getattr(encoder.module, "deepstack_visual_indexes", ()))
-    read = _last_read(model, count)
+    read = last_read(model, encoder)
     free = [i for i in range(count) if i not in held]
     if leave > len(free) - (0 if held else 1):
         raise PipelineError(
@@ -118,14 +118,6 @@ def _kept_blocks(
     order = sorted(free, key=lambda i: (i <= read, float(importance.blocks[i]), i))
     gone = set(order[:leave])
     return [i for i in range(count) if i not in gone]
-
-
-def _last_read(model: Any, blocks: int) -> int:
-    """Index of the last block whose output is read."""
-    config = model.config
-    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
-    layers = [chosen] if isinstance(chosen, int) else list(chosen)
-    return max(i if i >= 0 else blocks + 1 + i for i in layers) - 1
 
 
 def _kept_groups(

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 import tokenreduce as tr
 from support.tiny_models import CASES, CLIP, IMAGE, TEXT, internvl, llava, qwen2_5_vl
 from tokenreduce.attachment import as_stages
-from tokenreduce.errors import BudgetError, PipelineError, UncountedOperator, UnsupportedModel
+from tokenreduce.errors import (
+    BudgetError,
+    PipelineError,
+    UncountedOperator,
+    UnsupportedModel,
+    UnsupportedSite,
+)
 from tokenreduce_integrations.accounting.bench import (
     break_even,
     compare,
@@ -220,6 +226,13 @@ def test_tokens_by_layer_of_stages_in_a_row() -> None:
     )
     assert tokens_by_layer(stages, 64, 4) == (32, 16, 16, 8)
     assert tokens_by_layer((), 64, 4) == (64,) * 4
+    inside = tr.Stage(reducer=tr.create_strategy("tome", keep=4), site="vision")
+    with pytest.raises(UnsupportedSite, match="known only of what ran"):
+        tokens_by_layer((inside,), 64, 4)
+    with pytest.raises(BudgetError, match="on a live model"):
+        tokens_by_layer((tr.Stage(reducer=Anywhere(), flops=1e9),), 64, 4)
+    with pytest.raises(BudgetError, match="State it at the projector"):
+        tr.Stage(reducer=tr.create_strategy("tome"), site="vision", flops=1e9)
     with pytest.raises(BudgetError, match="decides from the data"):
         tokens_by_layer(as_stages(tr.create_strategy("prumerge")), 64, 4)
 

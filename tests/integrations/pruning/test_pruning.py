@@ -266,6 +266,21 @@ def test_timm_towers_hand_sequences_on() -> None:
     assert len(tower._forward_hooks) == 1
 
 
+def test_timm_towers_count_blocks_from_their_first_output() -> None:
+    """Their hidden states begin after the first block, those of CLIP before it."""
+    config = timm_config(vision_feature_layer=1)
+    model = lively(transformers.LlavaForConditionalGeneration(config))
+    adapt_timm_tower(model)
+    _, inputs = timm_case()
+    with torch.no_grad():
+        whole = model(**inputs).logits
+    plan = prune(model, depth_ratio=0.34)
+    assert plan.kept == (0, 1)
+    assert model.config.vision_feature_layer == 1
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, whole)
+
+
 def test_timm_towers_have_no_class_token_to_drop() -> None:
     config = timm_config(vision_feature_select_strategy="default")
     model = transformers.LlavaForConditionalGeneration(config)
