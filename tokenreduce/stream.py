@@ -36,7 +36,7 @@ class TokenStream:
     into calls of :meth:`feed` does not matter.
 
     Memory: the budget and a window; where the strategy merges, the budget again for what merged;
-    and once more while it reduces.
+    and once more while it reduces, for what it makes of the tokens as they arrived.
 
     Args:
         reducer: the strategy; a budget of its own is replaced.
@@ -161,7 +161,7 @@ class TokenStream:
             return
         kept, count = reduction.positions[0], reduction.kept
         if self._merged is not None or not reduction.gathers:
-            self._merged = self._merge(reduction)
+            self._merged = self._merge(reduction, into=self._merged)
         sizes, left = reduction.group_sizes(held.sizes)[0], slice(count)
         features = self._room()
         for block in torch.arange(count).split(BLOCK):
@@ -172,11 +172,13 @@ class TokenStream:
         self._sizes[left] = sizes.cpu()
         self._held = count
 
-    def _merge(self, reduction: Reduction) -> Tensor:
+    def _merge(self, reduction: Reduction, into: Tensor | None = None) -> Tensor:
         """``(M, D)`` what is left, with all that merged into it, a few channels at a time."""
-        kept = reduction.positions[0]
-        channels = self._room().shape[1]
-        merged = self._room().new_empty(len(kept), channels)
+        kept, space = reduction.positions[0], self._room()
+        channels = space.shape[1]
+        merged = into
+        if merged is None or len(merged) != len(kept):
+            merged = space.new_empty(len(kept), channels)
         for start in range(0, channels, BLOCK):
             block = slice(start, start + BLOCK)
             values = self._values(block)

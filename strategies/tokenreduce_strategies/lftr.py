@@ -46,8 +46,8 @@ count is exact for every layout. Protected tokens stand outside.
 
 Cost: up to W tokens one Gram matrix, O(n^2 D) time and O(n^2) memory, then
 R <= ``spare`` k steps of O(n); space O(R n D + R^2). Beyond, one search for earlier neighbours:
-exact, O(n^2 D) time; with FAISS, O(n sqrt(n)) on 128 projected channels. Memory beside the features
-is the result, O(N) numbers, and for FAISS an index of n x 128 bytes: nothing is N x N, and the
+exact, O(n^2 D) time; with FAISS, O(n sqrt(n)) on 256 projected channels. Memory beside the features
+is the result, O(N) numbers, and for FAISS an index of n x 256 bytes: nothing is N x N, and the
 features are not copied.
 
 From the abstracts: reduction along time by merging adjacent tokens, along space by dropping less
@@ -126,11 +126,12 @@ class LFTR(Merger):
             (documents); 0 merges exact repetitions only.
         spare: representatives for each kept token, at least 1. With 1 the spread alone decides
             what stays; more let significance decide among them.
-        neighbors: backend of the neighbour search among tokens of a long clip, such as ``torch``
-            (exact) or ``faiss-hnsw``; ``auto`` takes the fastest for the number of tokens.
+        neighbors: backend of the search in items of more than W tokens. ``"auto"`` is exact up to
+            the measured crossover and FAISS, where it is installed, beyond; ``"torch"`` is exact.
 
     Raises:
         PipelineError: if an option is out of range.
+        UnknownName: if no plugin registered the neighbour backend.
     """
 
     still: float = 0.25

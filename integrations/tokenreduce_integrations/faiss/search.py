@@ -17,14 +17,16 @@ from torch import Tensor
 
 from tokenreduce.errors import PipelineError
 from tokenreduce.neighbors.exact import Metric, earlier_within, nearer, nearest_exact
+from tokenreduce.ops.selection import first_argmax
 from tokenreduce.ops.similarity import directions, unit_vectors
+from tokenreduce.ops.tracks import cosine_to
 
-#: Channels of the projected tokens: an eighth of 1024.
-PROJECTED: Final = 128
+#: Channels of the projected tokens: a quarter of 1024.
+PROJECTED: Final = 256
 #: Tokens that are searched, then added, at once.
 BLOCK: Final = 512
 #: Proposals of an index, beyond those asked for.
-SPARE: Final = 3
+SPARE: Final = 15
 #: Vectors for each list that the lists are fitted to, and passes over them.
 FIT_VECTORS, FIT_PASSES = 24, 5
 
@@ -95,6 +97,12 @@ class FaissSearch(ABC):
                     near.masked_fill_(proposal < 0, -torch.inf)
                     nearer(near, proposal, value, place, block)
             index.add(_given(key))
+        for alone in (place < 0).nonzero()[1:, 0].tolist():
+            # First of its block, and the lists that were probed were empty.
+            own = directions(features[rows[alone]])
+            cosine = cosine_to(features, rows[:alone], own)
+            place[alone] = first_argmax(cosine, scale=1.0)
+            value[alone] = cosine[place[alone]]
         return value, place
 
     def _open(self, channels: int, count: int, metric: Any, device: torch.device) -> Any:
