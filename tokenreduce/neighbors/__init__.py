@@ -24,7 +24,7 @@ __all__ = ["NeighborBackend", "check_backend", "choose_backend", "nearest", "nea
 
 #: Keys from which on a backend beats exact search on the CPU, in ascending order; measured by
 #: benchmarks/neighbors.py and recorded in benchmarks/results/neighbors_cpu.json.
-CROSSOVERS: Final = {"cpu": {"faiss-ivf": 4096}}
+CROSSOVERS: Final = {"cpu": {"faiss-ivf": 8192}}
 
 
 class NeighborBackend(Protocol):
