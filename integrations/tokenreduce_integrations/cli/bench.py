@@ -85,6 +85,11 @@ def _estimate(loaded: Any, visual_tokens: int | None, text_tokens: int, as_json:
 
     if loaded.model is None:
         raise PipelineError("this pipeline names no model: add 'model: {path: ...}'.")
+    if loaded.model.encoder_pruner is not None:
+        raise PipelineError(
+            "--config-only counts an encoder as it was stored, and what is pruned is judged by its "
+            "weights: leave --config-only out, or give model.vision_encoder=null."
+        )
     config = AutoConfig.from_pretrained(resolve_path(loaded.model.path))
     tokens = visual_tokens or getattr(config, "image_seq_length", None)
     if tokens is None:

@@ -41,3 +41,12 @@ def test_from_the_configuration_alone(tokenreduce: Callable[..., Any], file: Pat
     assert document["pipeline"]["layer_average"] == 18
     table = tokenreduce("bench", file, "--config-only")
     assert "prefill GFLOPs" in table.output
+
+
+def test_a_pruned_encoder_is_not_counted_from_its_configuration(
+    tokenreduce: Callable[..., Any], file: Path
+) -> None:
+    pruned = "model.vision_encoder.prune={backend: structured, mlp_ratio: 0.3}"
+    result = tokenreduce("bench", file, pruned, "--config-only")
+    assert result.exit_code == 1
+    assert "judged by its weights" in " ".join(result.output.split())
