@@ -318,9 +318,6 @@ class TransformersAttachment(Uncopyable, Attachment):
         if not self.enabled:
             outcomes = unchanged_outcomes(self.stages, layouts, "the attachment is disabled")
             return Choice(visual, outcomes, stopwatch)
-        before = [stage for stage in self.stages if stage.site in self.family.encoder_sites]
-        if earlier is None and before:
-            earlier = unchanged_outcomes(before, layouts, "encoded while the stages were idle")
         per_prompt = any(stage.total is not None for stage in stages)
         prompts = visual.prompts if per_prompt else [0] * len(layouts)
         unchanged = keep_all_outcomes(stages, layouts, prompts, earlier=earlier)
