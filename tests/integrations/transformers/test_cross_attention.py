@@ -174,5 +174,6 @@ def test_regions_of_tiles_are_refused() -> None:
         forward(case)
 
 
+@support_matrix.of_this_release
 def test_the_matrix_shows_what_was_proved() -> None:
     support_matrix.check()

@@ -342,5 +342,6 @@ def test_stages_between_the_layers_equal_masking_what_they_drop(name: str) -> No
     support_matrix.proved(name, "decoder site")
 
 
+@support_matrix.of_this_release
 def test_the_matrix_shows_what_was_proved() -> None:
     support_matrix.check()
