@@ -315,7 +315,10 @@ def test_gradients_flow(name: str, checkpointing: bool) -> None:
         assert expected.abs().max() > 0
         if checkpointing:
             enable_checkpointing(model)
-            if name == "internvl":
+            blocks = [part for part in tower.modules() if hasattr(part, "gradient_checkpointing")]
+            # Blocks of releases before 5.23 recompute their hooks too.
+            replays = any(type(block).__call__ is not torch.nn.Module.__call__ for block in blocks)
+            if name == "internvl" or replays:
                 with pytest.raises(UnsupportedModel, match="checkpointing"):
                     gradient()
             else:
