@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -76,6 +76,8 @@ class Attachment(ABC):
         self.regions = Regions()
         self._receipt: Receipt | None = None
         self._reductions: tuple[ItemReduction, ...] = ()
+        #: Makes the latest record when it is asked for: making it may wait for the device.
+        self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
 
     @property
     def receipt(self) -> Receipt:
@@ -84,6 +86,7 @@ class Attachment(ABC):
         Raises:
             AttachmentError: if the model has not run since it was attached.
         """
+        self._read_record()
         if self._receipt is None:
             raise AttachmentError("no receipt yet: the model has not run since it was attached.")
         return self._receipt
@@ -91,7 +94,12 @@ class Attachment(ABC):
     @property
     def reductions(self) -> tuple[ItemReduction, ...]:
         """What became of each visual item of the latest prefill."""
+        self._read_record()
         return self._reductions
+
+    def _read_record(self) -> None:
+        if self._make_record is not None:
+            (self._receipt, self._reductions), self._make_record = self._make_record(), None
 
     @abstractmethod
     def detach(self) -> None:

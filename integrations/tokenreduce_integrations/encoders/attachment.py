@@ -46,7 +46,6 @@ class EncoderAttachment(Uncopyable, Attachment):
     def __init__(self, model: nn.Module, encoder: Any, stages: tuple[Stage, ...]) -> None:
         super().__init__(model, stages)
         self.encoder = encoder
-        self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._check(stages)
         self._stack: BlockStack[DenseWalk] = BlockStack(encoder, stages, self._prefix())
         self._wrappers = []
@@ -67,16 +66,6 @@ class EncoderAttachment(Uncopyable, Attachment):
             restore_all(wrappers)
         finally:
             self._stack.detach()
-
-    @property
-    def receipt(self) -> Receipt:
-        self._read_record()
-        return super().receipt
-
-    @property
-    def reductions(self) -> tuple[ItemReduction, ...]:
-        self._read_record()
-        return super().reductions
 
     # -- what differs between libraries ----------------------------------------------------------
 
@@ -211,10 +200,6 @@ class EncoderAttachment(Uncopyable, Attachment):
             reason="; ".join(dict.fromkeys(reasons)) if all(reasons) else "",
         )
         return receipt, tuple(reductions)
-
-    def _read_record(self) -> None:
-        if self._make_record is not None:
-            (self._receipt, self._reductions), self._make_record = self._make_record(), None
 
 
 def _with_prefix(patches: Layout, count: int) -> Layout:

@@ -8,7 +8,7 @@ reduced the decoder is called exactly as it would be without the attachment.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,7 +156,6 @@ class TransformersAttachment(Uncopyable, Attachment):
         self._under_way = _UnderWay()
         rotary = getattr(decoder, "rotary_emb", None)
         self._axes = len(getattr(rotary, "mrope_section", None) or (0, 0, 0))
-        self._make_record: Callable[[], tuple[Receipt, tuple[ItemReduction, ...]]] | None = None
         self._depth: DecoderSite | None = None
         inside = [stage for stage in stages if stage.site == "decoder"]
         layers = sorted({layer for stage in inside for layer in stage.layers})
@@ -204,16 +203,6 @@ class TransformersAttachment(Uncopyable, Attachment):
             self._watch.detach()
         finally:
             self._generate_watch.detach()
-
-    @property
-    def receipt(self) -> Receipt:
-        self._read_record()
-        return super().receipt
-
-    @property
-    def reductions(self) -> tuple[ItemReduction, ...]:
-        self._read_record()
-        return super().reductions
 
     def _encoder_site(self, owner: Any) -> EncoderSite | None:
         sites = dict.fromkeys(s.site for s in self.stages if s.site in ("frames", "vision"))
@@ -545,10 +534,6 @@ class TransformersAttachment(Uncopyable, Attachment):
         self._make_record = make
         if installed().observers:
             notify_observers(self.receipt)
-
-    def _read_record(self) -> None:
-        if self._make_record is not None:
-            (self._receipt, self._reductions), self._make_record = self._make_record(), None
 
 
 def attachment_of(decoder: nn.Module) -> TransformersAttachment | None:
