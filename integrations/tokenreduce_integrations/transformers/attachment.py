@@ -313,8 +313,6 @@ class TransformersAttachment(Uncopyable, Attachment):
         if unchanged is not None:
             return Choice(visual, unchanged, stopwatch)
         with stopwatch.running(embeds.device):
-            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-            valid = Given.of(embeds, mask, cache).slots.valid
             rows = torch.cat([torch.full_like(i.columns, i.prompt) for i in visual.items])
             columns = torch.cat([item.columns for item in visual.items])
             packed = PackedTokens(
@@ -322,7 +320,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 layouts=layouts,
                 signals={
                     **visual.signals(self._encoder_needs),
-                    **self._prompts.read(visual, embeds, valid),
+                    **self._prompts.read(visual, kwargs),
                 },
             )
             outcomes = run_stages(stages, packed, visual.prompts, earlier=earlier)

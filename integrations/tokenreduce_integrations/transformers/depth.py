@@ -356,8 +356,10 @@ class DecoderSite(Uncopyable):
             bound = self._signatures[layer].bind(*args, **kwargs)
             given = bound.arguments
             changed = False
-            stages = [stage.at(layer) for stage in self._stages() if layer in stage.layers]
-            if stages and run.items:
+            stages: list[Stage] = []
+            if run.items:
+                stages = [stage.at(layer) for stage in self._stages() if layer in stage.layers]
+            if stages:
                 before = given["hidden_states"]
                 given["hidden_states"] = run.cut(layer, before, stages, self._probes[layer])
                 changed = given["hidden_states"] is not before

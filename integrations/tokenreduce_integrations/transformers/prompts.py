@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenreduce.errors import MissingSignal
 from tokenreduce_integrations.transformers.joint import JointEncoder
+from tokenreduce_integrations.transformers.ledger import Given
 from tokenreduce_integrations.transformers.watch import VisualInput
 
 PROMPT_SIGNALS = frozenset({"prompt_embeddings", "joint_text_embeddings"})
@@ -32,19 +33,21 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._joint = joint
 
-    def read(self, visual: VisualInput, embeds: Tensor, valid: Tensor) -> dict[str, list[Tensor]]:
+    def read(self, visual: VisualInput, kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         """The wanted signals of each item, in the order of ``visual.items``.
 
         Args:
             visual: the visual items of the call.
-            embeds: ``(B, S, D)`` embeddings of the sequence.
-            valid: ``(B, S)`` False where it is padded.
+            kwargs: arguments of the decoder, ``inputs_embeds`` ``(B, S, D)`` among them.
 
         Raises:
             MissingSignal: if a prompt has no text, or its text is not known.
         """
         if not self._wanted:
             return {}
+        embeds: Tensor = kwargs["inputs_embeds"]
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        valid = Given.of(embeds, mask, cache).slots.valid
         text = valid & ~functools.reduce(torch.logical_or, visual.masks.values()).to(valid.device)
         if self._tokenizer is not None and visual.input_ids is not None:
             special = torch.tensor(self._tokenizer.all_special_ids, device=text.device)

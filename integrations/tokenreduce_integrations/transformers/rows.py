@@ -31,6 +31,8 @@ _OBSERVED = frozenset(
         "prompt_keys",
     }
 )
+#: Rows of attention that are held at once.
+_ROWS = 512
 #: Signals that a stage at the decoder site may read.
 DECODER_SIGNALS = _OBSERVED | {"prompt_states", "unrotated_attention"}
 
@@ -157,10 +159,10 @@ class RowProbe:
         """
         asking = Asking(hidden, valid, items)
         read: Mapping[str, Callable[[Asking], Tensor | list[Tensor]]] = {
-            "last_token_attention": self._last_token_attention,
+            "last_token_attention": lambda a: _last_rows(self._observed(), a),
             "prompt_attention": self._prompt_attention,
-            "decoder_received_attention": self._received_attention,
-            "attention_page_rank": self._page_rank,
+            "decoder_received_attention": lambda a: self._of_prompts(_mean_received, a),
+            "attention_page_rank": lambda a: self._of_prompts(_page_rank, a),
             "decoder_keys": self._keys,
             "prompt_keys": self._prompt_keys,
             "prompt_states": lambda a: [a.hidden[i.prompt, t] for i, t in a.pairs],
@@ -218,31 +220,20 @@ class RowProbe:
             )
         return self._caught.observed
 
-    def _last_token_attention(self, asking: Asking) -> Tensor:
-        observed = self._observed()
-        return torch.cat(
-            [observed.rows(i.prompt, asking.last(i)[None])[0, i.columns] for i in asking.items]
-        )
-
     def _prompt_attention(self, asking: Asking) -> list[Tensor]:
         observed = self._observed()
         return [observed.rows(i.prompt, text)[:, i.columns].T for i, text in asking.pairs]
 
-    def _received_attention(self, asking: Asking) -> Tensor:
+    def _of_prompts(
+        self, measure: Callable[[Observed, int, Tensor], Tensor], asking: Asking
+    ) -> Tensor:
+        """What is measured once for each prompt, of every column, at the items' columns."""
         observed = self._observed()
-        received = {
-            prompt: _mean_received(observed, prompt, asking.valid[prompt])
+        measured = {
+            prompt: measure(observed, prompt, asking.valid[prompt])
             for prompt in dict.fromkeys(item.prompt for item in asking.items)
         }
-        return torch.cat([received[item.prompt][item.columns] for item in asking.items])
-
-    def _page_rank(self, asking: Asking) -> Tensor:
-        observed = self._observed()
-        importance = {
-            prompt: _page_rank(observed, prompt, asking.valid[prompt])
-            for prompt in dict.fromkeys(item.prompt for item in asking.items)
-        }
-        return torch.cat([importance[item.prompt][item.columns] for item in asking.items])
+        return torch.cat([measured[item.prompt][item.columns] for item in asking.items])
 
     def _keys(self, asking: Asking) -> Tensor:
         return torch.cat([self._keys_at(i.prompt, i.columns, asking) for i in asking.items])
@@ -260,10 +251,7 @@ class RowProbe:
             states.view(*asking.hidden.shape[:2], -1, self._heads).transpose(1, 2)
             for states in (self._caught.projected[part] for part in ("q", "k"))
         )
-        observed = Observed(query, key, asking.valid, self._scaling)
-        return torch.cat(
-            [observed.rows(i.prompt, asking.last(i)[None])[0, i.columns] for i in asking.items]
-        )
+        return _last_rows(Observed(query, key, asking.valid, self._scaling), asking)
 
 
 class ItemText(NamedTuple):
@@ -300,6 +288,13 @@ class Asking:
         return self.valid[item.prompt].nonzero()[-1, 0]
 
 
+def _last_rows(observed: Observed, asking: Asking) -> Tensor:
+    """Attention of each prompt's last token to its items, end to end."""
+    return torch.cat(
+        [observed.rows(i.prompt, asking.last(i)[None])[0, i.columns] for i in asking.items]
+    )
+
+
 def _page_rank(observed: Observed, prompt: int, valid: Tensor) -> Tensor:
     """``(S,)`` how often walks along the attention of the sequence come by each column."""
     columns = valid.nonzero().squeeze(1)
@@ -309,10 +304,10 @@ def _page_rank(observed: Observed, prompt: int, valid: Tensor) -> Tensor:
     return rank.index_copy(0, columns, attention_page_rank(logits[None])[0])
 
 
-def _mean_received(observed: Observed, prompt: int, valid: Tensor, chunk: int = 512) -> Tensor:
+def _mean_received(observed: Observed, prompt: int, valid: Tensor) -> Tensor:
     """``(S,)`` mean attention over all valid columns that each column receives, in chunks."""
     columns = valid.nonzero().squeeze(1)
     total = torch.zeros(valid.shape[0], device=valid.device)
-    for part in columns.split(chunk):
+    for part in columns.split(_ROWS):
         total += observed.rows(prompt, part).sum(0)
     return total / len(columns)
