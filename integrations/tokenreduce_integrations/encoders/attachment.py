@@ -21,8 +21,8 @@ from tokenreduce.tokens import Layout
 from tokenreduce_integrations.encoders.carry import ADDED, carried, item_outcome
 from tokenreduce_integrations.encoders.dense import DenseWalk, Sequences
 from tokenreduce_integrations.encoders.plan import check_stages, why_kept
-from tokenreduce_integrations.encoders.stack import BlockStack, Wrapper, restore_all
-from tokenreduce_integrations.transformers.hooks import Uncopyable
+from tokenreduce_integrations.encoders.stack import BlockStack, wrap_method
+from tokenreduce_integrations.transformers.hooks import Uncopyable, restore_methods
 
 Given = Mapping[str, Any]
 
@@ -48,11 +48,11 @@ class EncoderAttachment(Uncopyable, Attachment):
         self.encoder = encoder
         self._check(stages)
         self._stack: BlockStack[DenseWalk] = BlockStack(encoder, stages, self._prefix())
-        self._wrappers = []
+        self._replaced = []
         for name in self.entries:
             signature = inspect.signature(getattr(encoder, name))
             around = functools.partial(self._encode, name, signature)
-            self._wrappers.append(Wrapper(encoder, name, around))
+            self._replaced.append(wrap_method(encoder, name, around))
 
     def detach(self) -> None:
         """See :meth:`tokenreduce.attachment.Attachment.detach`; detaching twice does nothing.
@@ -61,9 +61,9 @@ class EncoderAttachment(Uncopyable, Attachment):
             AttachmentError: if something else replaced the same methods since.
         """
         self.attached = False
-        wrappers, self._wrappers = self._wrappers, []
+        replaced, self._replaced = self._replaced, []
         try:
-            restore_all(wrappers)
+            restore_methods(replaced)
         finally:
             self._stack.detach()
 

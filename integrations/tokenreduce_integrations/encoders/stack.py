@@ -16,55 +16,35 @@ from tokenreduce.errors import AttachmentError, MissingSignal, UnsupportedModel
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.encoders.dense import DenseWalk
 from tokenreduce_integrations.encoders.kinds import BlockCall, BlockKind, find_blocks, takes_bias
-from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
+from tokenreduce_integrations.transformers.hooks import (
+    Replacement,
+    Uncopyable,
+    outside_compilation,
+    replace_method,
+    restore_methods,
+)
 
-_ABSENT = object()
 
-
-class Wrapper(Uncopyable):
-    """Stands in for a method of an instance.
+class Around(Uncopyable):
+    """Stands in for a method, which it calls by way of a function.
 
     Args:
-        owner: the instance.
-        name: the method.
-        around: called with the original method, its positional and its named arguments.
+        original: the method.
+        around: called with the method, its positional and its named arguments.
     """
 
-    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        self.owner, self.name, self.around = owner, name, around
-        self.original = getattr(owner, name)
-        self.before = vars(owner).get(name, _ABSENT)
-        functools.update_wrapper(self, self.original)
-        setattr(owner, name, self)
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self._original, self._around = original, around
+        functools.update_wrapper(self, original)
 
     @outside_compilation
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.around(self.original, args, kwargs)
-
-    def restore(self) -> bool:
-        """Put the original back; whether nothing else had replaced it since."""
-        if vars(self.owner).get(self.name) is not self:
-            return False
-        if self.before is _ABSENT:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self.before)
-        return True
+        return self._around(self._original, args, kwargs)
 
 
-def restore_all(wrappers: Sequence[Wrapper]) -> None:
-    """Put originals back, the latest first.
-
-    Raises:
-        AttachmentError: if something else replaced a method since; the others are put back.
-    """
-    buried = [w for w in reversed(wrappers) if not w.restore()]
-    if buried:
-        what = ", ".join(sorted({f"{type(w.owner).__name__}.{w.name}" for w in buried}))
-        raise AttachmentError(
-            f"cannot restore {what}: something else replaced it after the pipeline was attached. "
-            "Undo that first; detach in the reverse order of attaching."
-        )
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Replacement:
+    """Run a function around a method of an instance; see :class:`Around`."""
+    return replace_method(owner, name, Around(getattr(owner, name), around))
 
 
 class Walk(Protocol):
@@ -121,17 +101,17 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
                 f"({attentions[0].config._attn_implementation}), which merged tokens need. Load "
                 "the model with attn_implementation='sdpa', or use a strategy that only drops."
             )
-        if any(isinstance(vars(block).get("forward"), Wrapper) for block in self.blocks):
+        if any(isinstance(vars(block).get("forward"), Around) for block in self.blocks):
             raise AttachmentError(
                 f"a pipeline is attached to this {type(encoder).__name__} already. Detach it "
                 "first, or attach one pipeline with several stages."
             )
         self._handles: list[RemovableHandle] = []
-        self._wrappers: list[Wrapper] = []
+        self._replaced: list[Replacement] = []
         for index, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             signature = inspect.signature(type(block).forward)
             around = functools.partial(self._run, index, attention, signature)
-            self._wrappers.append(Wrapper(block, "forward", around))
+            self._replaced.append(wrap_method(block, "forward", around))
             for name in ("keys", "queries"):
                 if name == "keys" or "class_attention" in self.signals:
                     module: nn.Module = getattr(attention, getattr(self.kind, name))
@@ -162,12 +142,12 @@ class BlockStack(Uncopyable, Generic[AnyWalk]):
         """Leave the blocks as they were.
 
         Raises:
-            AttachmentError: see :func:`restore_all`.
+            AttachmentError: see :func:`restore_methods`.
         """
         for handle in self._handles:
             handle.remove()
-        wrappers, self._wrappers = self._wrappers, []
-        restore_all(wrappers)
+        replaced, self._replaced = self._replaced, []
+        restore_methods(replaced)
 
     def _run(
         self,

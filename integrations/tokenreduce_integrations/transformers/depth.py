@@ -27,9 +27,10 @@ from tokenreduce.stage import ItemOutcome, Stage, keep_all_outcomes, run_stages
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.deepstack import shorten_deepstack
 from tokenreduce_integrations.transformers.hooks import (
-    ABSENT,
+    Replacement,
     Uncopyable,
     outside_compilation,
+    replace_method,
     restore_methods,
 )
 from tokenreduce_integrations.transformers.ledger import Slots
@@ -42,7 +43,6 @@ from tokenreduce_integrations.transformers.sequence import (
 )
 from tokenreduce_integrations.transformers.watch import PlacedItem
 
-_DEEPSTACK = "_deepstack_process"
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -299,12 +299,12 @@ class DecoderSite(Uncopyable):
             decoder.layers[i].register_forward_pre_hook(self._hook(i), with_kwargs=True)
             for i in range(self._first, len(decoder.layers))
         ]
-        self._wrapped: dict[str, tuple[object, object]] = {}
+        self._replaced: list[Replacement] = []
         self._deepstack: Any = getattr(decoder, "_deepstack_process", None)
         if self._deepstack is not None:
-            before, wrapper = vars(decoder).get(_DEEPSTACK, ABSENT), self._shortened_deepstack
-            self._wrapped[_DEEPSTACK] = before, wrapper
-            setattr(decoder, _DEEPSTACK, wrapper)
+            self._replaced.append(
+                replace_method(decoder, "_deepstack_process", self._shortened_deepstack)
+            )
 
     def reaches(self, layers: Collection[int]) -> bool:
         """Whether layers at these depths are hooked."""
@@ -338,8 +338,8 @@ class DecoderSite(Uncopyable):
             handle.remove()
         for probe in self._probes.values():
             probe.detach()
-        wrapped, self._wrapped = self._wrapped, {}
-        restore_methods(self._decoder, wrapped)
+        replaced, self._replaced = self._replaced, []
+        restore_methods(replaced)
 
     def _is_prefill(self) -> bool:
         run = self._under_way.run

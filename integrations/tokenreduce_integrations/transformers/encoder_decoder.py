@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce_integrations.transformers.attachment import Choice, TransformersAttachment
 from tokenreduce_integrations.transformers.hooks import (
-    ABSENT,
+    Replacement,
     outside_compilation,
+    replace_method,
     restore_methods,
 )
 from tokenreduce_integrations.transformers.ledger import Given, Slots
@@ -40,10 +41,9 @@ class EncoderAttachment(TransformersAttachment):
 
     def detach(self) -> None:
         """See :meth:`tokenreduce.attachment.Attachment.detach`; detaching twice does nothing."""
-        biased, self._biased = self._biased, {}
+        biased, self._biased = self._biased, []
         try:
-            for attention, wrapped in biased.items():
-                restore_methods(attention, wrapped)
+            restore_methods(biased)
         finally:
             super().detach()
 
@@ -113,7 +113,7 @@ def keep_positions(
     encoder: Any,
     plan: Callable[[], tuple[SequencePlan, int] | None],
     handles: list[RemovableHandle],
-) -> dict[Any, dict[str, tuple[object, object]]]:
+) -> list[Replacement]:
     """Give the encoder's tokens the positions that they have in the full sequence.
 
     Args:
@@ -123,8 +123,7 @@ def keep_positions(
         handles: where the hooks are noted.
 
     Returns:
-        the attention modules whose ``compute_bias`` is wrapped on the instance, with what
-        :func:`restore_methods` needs.
+        each ``compute_bias`` that was replaced.
     """
     table = getattr(encoder, "embed_positions", None)
     if table is not None:
@@ -138,13 +137,10 @@ def keep_positions(
 
         handles.append(table.register_forward_hook(outside_compilation(embedded)))
     biased = [m for m in encoder.modules() if getattr(m, "has_relative_attention_bias", False)]
-    wrapped: dict[Any, dict[str, tuple[object, object]]] = {}
-    for attention in biased:
-        wrapper = _gathered_bias(attention.compute_bias, plan)
-        before = vars(attention).get("compute_bias", ABSENT)
-        wrapped[attention] = {"compute_bias": (before, wrapper)}
-        attention.compute_bias = wrapper
-    return wrapped
+    return [
+        replace_method(attention, "compute_bias", _gathered_bias(attention.compute_bias, plan))
+        for attention in biased
+    ]
 
 
 def _gathered_bias(

@@ -9,15 +9,19 @@ from typing import Any
 from torch import nn
 
 from tokenreduce.errors import UnsupportedGeneration
-from tokenreduce_integrations.transformers.hooks import ABSENT, Uncopyable, restore_methods
+from tokenreduce_integrations.transformers.hooks import (
+    Replacement,
+    Uncopyable,
+    replace_method,
+    restore_methods,
+)
 
 
 class GenerateWatch(Uncopyable):
     """Wraps ``generate`` of a model while attached; a model without one is left alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._wrapped: dict[str, tuple[object, object]] = {}
+        self._replaced: list[Replacement] = []
         original: Any = getattr(model, "generate", None)
         if original is None:
             return
@@ -27,8 +31,7 @@ class GenerateWatch(Uncopyable):
             refuse_generation(model, kwargs)
             return original(*args, **kwargs)
 
-        self._wrapped["generate"] = (vars(model).get("generate", ABSENT), wrapper)
-        vars(model)["generate"] = wrapper
+        self._replaced.append(replace_method(model, "generate", wrapper))
 
     def detach(self) -> None:
         """Restore ``generate``; detaching twice does nothing.
@@ -36,8 +39,8 @@ class GenerateWatch(Uncopyable):
         Raises:
             AttachmentError: if something else has replaced it since.
         """
-        wrapped, self._wrapped = self._wrapped, {}
-        restore_methods(self._model, wrapped)
+        replaced, self._replaced = self._replaced, []
+        restore_methods(replaced)
 
 
 def refuse_generation(model: Any, arguments: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 
 from tokenreduce.errors import AttachmentError
 
-ABSENT = object()
-"""Where an instance holds nothing under a name."""
+_ABSENT = object()
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,30 +32,49 @@ class Uncopyable:
         )
 
 
-def restore_methods(owner: Any, wrapped: Mapping[str, tuple[object, object]]) -> None:
-    """Put back methods of an instance.
+@dataclass(frozen=True)
+class Replacement:
+    """A method of an instance that something stands in for.
 
     Args:
         owner: the instance.
-        wrapped: for each method, what the instance held under its name before (``ABSENT`` for
-            nothing), and the wrapper.
+        name: the method.
+        substitute: what stands in.
+        before: what the instance itself held under the name.
+    """
+
+    owner: Any
+    name: str
+    substitute: object
+    before: object
+
+
+def replace_method(owner: Any, name: str, substitute: Callable[..., Any]) -> Replacement:
+    """Put something in the place of a method, on the instance alone."""
+    before = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, substitute)
+    return Replacement(owner, name, substitute, before)
+
+
+def restore_methods(replacements: Sequence[Replacement]) -> None:
+    """Put methods back, the latest first.
 
     Raises:
-        AttachmentError: if a wrapper is not in its place any more; the others are restored.
+        AttachmentError: if something else replaced a method since; the others are put back.
     """
     buried = []
-    for name, (before, wrapper) in wrapped.items():
-        if vars(owner).get(name) is not wrapper:
-            buried.append(name)
-        elif before is ABSENT:
+    for replaced in reversed(replacements):
+        owner, name = replaced.owner, replaced.name
+        if vars(owner).get(name) is not replaced.substitute:
+            buried.append(f"{type(owner).__name__}.{name}")
+        elif replaced.before is _ABSENT:
             delattr(owner, name)
         else:
-            setattr(owner, name, before)
+            setattr(owner, name, replaced.before)
     if buried:
         raise AttachmentError(
-            f"cannot restore {', '.join(buried)} of {type(owner).__name__}: something else "
-            "replaced it after the pipeline was attached. Undo that first; detach in the reverse "
-            "order of attaching."
+            f"cannot restore {', '.join(sorted(set(buried)))}: something else replaced it after "
+            "the pipeline was attached. Undo that first; detach in the reverse order of attaching."
         )
 
 

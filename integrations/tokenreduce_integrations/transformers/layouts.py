@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.tokens import Layout
+from tokenreduce_integrations.transformers.tiles import packing_settings, tile_count
 
 #: Layouts of packed images by owner: asking a model's packing costs more than all else here.
 _PACKED: WeakKeyDictionary[Any, dict[object, Layout]] = WeakKeyDictionary()
@@ -62,14 +62,10 @@ def packed_tiles(
     The model's own packing is asked once for each size of image where the lines end, with a marker
     for the newline; newlines are protected.
     """
-    config = owner.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    vision = owner.config.vision_config
+    side = vision.image_size // vision.patch_size
     sizes = torch.as_tensor(arguments["image_sizes"])
-    settings = {
-        name: arguments.get(name) or getattr(config, name, None)
-        for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
-        if name in inspect.signature(owner.pack_image_features).parameters
-    }
+    settings = packing_settings(owner, arguments)
     known = _PACKED.setdefault(owner, {})
     layouts = []
     for index, (feature, size) in enumerate(zip(features, sizes.tolist(), strict=True)):
@@ -183,16 +179,7 @@ def _newlines(
     owner: Any, size: Any, side: int, count: int, settings: Mapping[str, Any]
 ) -> Tensor | None:
     """``(count,)`` which tokens of a packed image are newlines; None if packing says otherwise."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import (
-        image_size_to_num_patches,
-    )
-
-    tiles = image_size_to_num_patches(
-        image_size=size[0],
-        grid_pinpoints=owner.config.image_grid_pinpoints,
-        patch_size=owner.config.vision_config.image_size,
-    )
-    for blocks in (tiles, 1):
+    for blocks in (tile_count(owner, size[0]), 1):
         packed = owner.pack_image_features(
             [torch.zeros(blocks, side * side, 1)],
             size,

@@ -26,9 +26,10 @@ from tokenreduce_integrations.encoders.dense import DenseWalk, Sequences, Trail
 from tokenreduce_integrations.encoders.kinds import takes_bias
 from tokenreduce_integrations.encoders.packed import BIAS, PackedWalk
 from tokenreduce_integrations.encoders.plan import check_stages, why_kept
-from tokenreduce_integrations.encoders.stack import BlockStack, Wrapper, restore_all
-from tokenreduce_integrations.transformers.hooks import Uncopyable
+from tokenreduce_integrations.encoders.stack import BlockStack, wrap_method
+from tokenreduce_integrations.transformers.hooks import Uncopyable, restore_methods
 from tokenreduce_integrations.transformers.layouts import grid_layout
+from tokenreduce_integrations.transformers.tiles import packing_settings, tile_counts
 
 Given = Mapping[str, Any]
 
@@ -223,47 +224,23 @@ class TiledTowerSite(PatchTowerSite):
 
     def _describe(self, modality: str, given: Given, batch: int, length: int) -> Sequences:
         whole = super()._describe(modality, given, batch, length)
-        owners = [i for i, tiles in enumerate(self._tiles(given)) for _ in range(tiles)]
-        return Sequences(layouts=whole.layouts, owners=tuple(owners), prefix=whole.prefix)
-
-    def _tiles(self, given: Given) -> list[int]:
-        from transformers.models.llava_onevision.modeling_llava_onevision import (
-            image_size_to_num_patches,
-        )
-
-        config = self._owner.config
-        counts = given.get("batch_num_images")
-        sizes = given["image_sizes"]
-        whole = [False] * len(sizes)
-        if counts is not None:
-            whole = [int(n) != 1 for n in counts for _ in range(int(n))]
-        return [
-            1
-            if as_one
-            else image_size_to_num_patches(
-                image_size=size,
-                grid_pinpoints=config.image_grid_pinpoints,
-                patch_size=config.vision_config.image_size,
-            )
-            for size, as_one in zip(sizes, whole, strict=True)
+        owners = [
+            i for i, tiles in enumerate(tile_counts(self._owner, given)) for _ in range(tiles)
         ]
+        return Sequences(layouts=whole.layouts, owners=tuple(owners), prefix=whole.prefix)
 
     def _sources(
         self, walk: DenseWalk, given: Given, layouts: Sequence[Layout]
     ) -> list[tuple[range, Tensor]]:
         owner, sequences = self._owner, walk.sequences
         patches = len(sequences.layouts[0])
-        settings = {
-            name: given.get(name) or getattr(owner.config, name, None)
-            for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
-            if name in inspect.signature(owner.pack_image_features).parameters
-        }
+        settings = packing_settings(owner, given)
         strategy = given.get("vision_feature_select_strategy")
         strategy = strategy or owner.config.vision_feature_select_strategy
         count = patches + sequences.prefix - (strategy == "default")
         selected = self._selected(count, walk)
         marked, rows, start = [], [], 0
-        for tiles in self._tiles(given):
+        for tiles in tile_counts(owner, given):
             # One above the patch; 0 marks what is none. The square tells a patch from a mean.
             mark = (selected + 1 + torch.arange(tiles)[:, None] * patches) * (selected >= 0)
             marked.append(torch.stack([mark, mark**2], dim=-1).double())
@@ -315,15 +292,15 @@ class PackedTowerSite(_TowerSite):
         # FlashAttention takes no mask: it serves stages that only drop, which need none.
         self._observations = [observe(a, _segment_mask) for a in attentions if takes_bias(a)]
         mergers = (self._tower.merger, *getattr(self._tower, "deepstack_merger_list", ()))
-        self._wrappers = [Wrapper(merger, "forward", self._merge) for merger in mergers]
+        self._replaced = [wrap_method(merger, "forward", self._merge) for merger in mergers]
 
     def detach(self) -> None:
         """See :class:`watch.EncoderSite`."""
         for observation in self._observations:
             observation.remove()
-        wrappers, self._wrappers = self._wrappers, []
+        replaced, self._replaced = self._replaced, []
         try:
-            restore_all(wrappers)
+            restore_methods(replaced)
         finally:
             super().detach()
 

@@ -36,9 +36,10 @@ from tokenreduce.stage import ItemOutcome, join_outcomes
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.hooks import (
-    ABSENT,
+    Replacement,
     Uncopyable,
     outside_compilation,
+    replace_method,
     restore_methods,
 )
 from tokenreduce_integrations.transformers.layouts import joined_tiles
@@ -266,7 +267,7 @@ class VisualWatch(Uncopyable):
         self._encoded_as = WeakTensorKeyDictionary()
         self._latest: dict[str, list[Tensor]] = {}
         self._call = _Call()
-        self._wrapped: dict[str, tuple[object, object]] = {}
+        self._replaced: list[Replacement] = []
         self._probe = probe
         self._wrap(family.placement.method, self._see_placeholders)
         for modality in MODALITIES:
@@ -321,8 +322,8 @@ class VisualWatch(Uncopyable):
             self._unwrap()
 
     def _unwrap(self) -> None:
-        wrapped, self._wrapped = self._wrapped, {}
-        restore_methods(self.owner, wrapped)
+        replaced, self._replaced = self._replaced, []
+        restore_methods(replaced)
 
     def _wrap(
         self, name: str, see: Callable[[Any, Mapping[str, Any]], None], modality: str = ""
@@ -360,8 +361,7 @@ class VisualWatch(Uncopyable):
 
     def install(self, name: str, wrapper: Callable[..., Any]) -> None:
         """Put a wrapper of a method on the instance, to be taken off again by ``detach``."""
-        self._wrapped[name] = (vars(self.owner).get(name, ABSENT), wrapper)
-        setattr(self.owner, name, wrapper)
+        self._replaced.append(replace_method(self.owner, name, wrapper))
 
     def place(self, modality: str, features: Tensor, mask: Tensor) -> None:
         """Tell of features that no watched method encodes or places.

@@ -6,13 +6,14 @@ are averaged, newlines get zero, padding that the model cuts off is cut off.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokenreduce_integrations.transformers.tiles import packing_settings, tile_counts
 
 #: (owner, signal ``(T, S, C)`` of T sequences of the tower, projected features ``(N, D)`` of each
 #: item, arguments of the encoding call) -> the signal ``(N, C)`` of each item.
@@ -36,36 +37,11 @@ def packed_tiles(
     owner: Any, signal: Tensor, features: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> list[Tensor]:
     """Thumbnail and unpadded tiles with newlines at line ends (LLaVA-NeXT, LLaVA-OneVision)."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import (
-        image_size_to_num_patches,
-    )
-
-    config, sizes = owner.config, arguments["image_sizes"]
-    pictures = arguments.get("batch_num_images")
-    # Several pictures of one prompt are left whole (LLaVA-OneVision).
-    whole = [False] * len(features)
-    if pictures is not None:
-        whole = [n > 1 for n in pictures for _ in range(n)]
-    counts = [
-        1
-        if left_whole
-        else image_size_to_num_patches(
-            image_size=size,
-            grid_pinpoints=config.image_grid_pinpoints,
-            patch_size=config.vision_config.image_size,
-        )
-        for size, left_whole in zip(sizes, whole, strict=True)
-    ]
-    accepted = inspect.signature(owner.pack_image_features).parameters
     packed, _ = owner.pack_image_features(
-        signal[:, signal.shape[1] - _tile(owner) :].split(counts),
-        sizes,
+        signal[:, signal.shape[1] - _tile(owner) :].split(tile_counts(owner, arguments)),
+        arguments["image_sizes"],
         image_newline=signal.new_zeros(signal.shape[-1]),
-        **{
-            name: arguments.get(name) or getattr(config, name)
-            for name in ("vision_aspect_ratio", "vision_feature_select_strategy")
-            if name in accepted
-        },
+        **packing_settings(owner, arguments),
     )
     return list(packed)
 
