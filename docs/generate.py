@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import importlib.util
 import json
 import sys
@@ -107,22 +108,92 @@ def support_page(matrix: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def generated() -> dict[Path, str]:
-    """Every generated file with its text."""
+def command_page() -> str:
+    """Every command with its arguments and options, as ``--help`` has them."""
+    import typer
+
+    from tokenreduce_integrations.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line",
+        "",
+        "Commands print for people, and JSON with `--json` where they have it. An error of "
+        "TokenReduce is one message and exit code 1, wrong usage exit code 2.",
+    ]
+    for name, command in group.commands.items():
+        arguments = [parameter_name(p) for p in command.params if not is_option(p)]
+        usage = " ".join(["tokenreduce", name, *arguments, "[OPTIONS]"])
+        lines += ["", f"## {name}", "", f"`{usage}`", "", command.help or ""]
+        if command.params:
+            lines += ["", "| | | default |", "|---|---|---|", *map(parameter_row, command.params)]
+    return "\n".join([*lines, ""])
+
+
+def is_option(parameter: Any) -> bool:
+    return str(parameter.opts[0]).startswith("-")
+
+
+def parameter_name(parameter: Any) -> str:
+    """How an argument or option is written."""
+    if is_option(parameter):
+        return ", ".join(parameter.opts)
+    name = parameter.metavar or parameter.name.upper()
+    name += "..." if parameter.nargs == -1 else ""
+    return name if parameter.required else f"[{name}]"
+
+
+def parameter_row(parameter: Any) -> str:
+    """An argument or option as the row of a table."""
+    default = "" if parameter.default in (None, (), [], False, "") else f"`{parameter.default}`"
+    name = parameter_name(parameter).replace("|", " or ")
+    cells = (f"`{name}`", parameter.help or "", default)
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def notebook_page(path: Path) -> dict[Path, bytes]:
+    """An executed notebook as a page, and its pictures."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    link = f"https://github.com/tokenreduce/tokenreduce/blob/main/examples/notebooks/{path.name}"
+    heading, _, opening = "".join(notebook["cells"][0]["source"]).partition("\n\n")
+    parts = [heading, f"*An executed [notebook]({link}).*", opening]
+    files: dict[Path, bytes] = {}
+    for cell in notebook["cells"][1:]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = f"assets/{path.stem}_{len(files) + 1}.png"
+                files[ROOT / "docs" / picture] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![What the code above draws]({picture})")
+                continue
+            text = "".join(output.get("text") or data.get("text/plain", "")).rstrip()
+            parts.append(f"```text\n{text}\n```")
+    files[ROOT / f"docs/{path.stem}.md"] = ("\n\n".join(parts) + "\n").encode()
+    return files
+
+
+def generated() -> dict[Path, bytes]:
+    """Every generated file with its content."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    files = {
+    texts = {
         ROOT / "README.md": f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}",
         ROOT / "docs/strategies/index.md": (
             f"# Strategies\n\nGenerated from the registry by `docs/generate.py`.\n\n{table()}\n"
         ),
     }
+    texts[ROOT / "docs/cli.md"] = command_page()
     matrix = ROOT / "docs/support_matrix.json"
-    files[ROOT / "docs/support.md"] = support_page(json.loads(matrix.read_text(encoding="utf-8")))
+    texts[ROOT / "docs/support.md"] = support_page(json.loads(matrix.read_text(encoding="utf-8")))
     for record in builtin_records():
         if not record.wraps:
-            files[ROOT / f"docs/strategies/{record.name}.md"] = card(record)
+            texts[ROOT / f"docs/strategies/{record.name}.md"] = card(record)
+    files = {path: text.encode() for path, text in texts.items()}
+    for notebook in sorted((ROOT / "examples/notebooks").glob("*.ipynb")):
+        files.update(notebook_page(notebook))
     return files
 
 
@@ -131,13 +202,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     check = parser.parse_args().check
     stale = []
-    for path, text in generated().items():
-        if path.exists() and path.read_text(encoding="utf-8") == text:
+    for path, content in generated().items():
+        if path.exists() and path.read_bytes() == content:
             continue
         stale.append(str(path.relative_to(ROOT)))
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
     if check and stale:
         sys.exit(f"out of date: {', '.join(stale)}. Run: python docs/generate.py")
 
