@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from tokenreduce.stage import Stage
 
 #: What a saved pipeline is called in its folder.
 PIPELINE_FILE = "pipeline.yaml"
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -259,12 +262,35 @@ class BuiltPipeline:
     def from_pretrained(cls, folder: str | Path) -> BuiltPipeline:
         """Build what :meth:`save_pretrained` wrote.
 
+        Args:
+            folder: the folder, or the hub name that it was uploaded to.
+
         Raises:
             PipelineError: if the folder holds no pipeline, or the model cannot be loaded.
         """
         from tokenreduce.config import load_pipeline
 
-        return load_pipeline(Path(folder)).build()
+        if Path(folder).exists() or not _HUB_NAME.fullmatch(str(folder)):
+            return load_pipeline(Path(folder)).build()
+        loaded = load_pipeline(_download(str(folder)))
+        if loaded.model is not None:
+            loaded = replace(loaded, model=replace(loaded.model, path=str(folder)))
+        return loaded.build()
+
+
+def _download(repository: str) -> Path:
+    """The file with the pipeline in a repository of the hub, from the cache if it is there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, PIPELINE_FILE))
+    except (OSError, EntryNotFoundError) as error:
+        raise PipelineError(
+            f"{repository!r}: no such folder, and no {PIPELINE_FILE} of this name on the hub or in "
+            f"its cache ({type(error).__name__}). Give a folder that save_pretrained wrote, or the "
+            "hub name that it was uploaded to."
+        ) from error
 
 
 def _backend(where: str, settings: object) -> BackendSettings:

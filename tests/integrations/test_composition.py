@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
 import tokenreduce as tr
 from support.timm_llava import write_timm_llava
-from tokenreduce.errors import MissingSignal, PipelineError, UnknownName
+from tokenreduce.errors import MissingSignal, PipelineError, UnknownName, UnsupportedModel
 from tokenreduce_integrations.pruning.surgery import PLAN_FILE
 
 pytest.importorskip("torchao", reason="needs the extra quant")
@@ -198,6 +200,153 @@ def test_presets() -> None:
         logits(model, prompt(processor, torch.bfloat16))
         assert run.receipt.tokens_out == 9
     assert type(model.model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+
+
+# -- folders, and repositories of the hub ----------------------------------------------------------
+
+
+def uploaded(folder: Path, name: str, cache: Path) -> None:
+    """A folder as the hub's cache holds it once it was uploaded and downloaded."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    commit = "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        blob = repository / "blobs" / file.name
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+
+
+@pytest.mark.parametrize("quantizer", ["whole", "ao-int8", "bnb-nf4"])
+def test_a_pruned_model_on_the_hub(
+    quantizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    built = pipeline("testbed:b", QUANTIZERS[quantizer], ENCODERS["timm"], STAGES["lftr"]).build()
+    inputs = prompt(built.processor)
+    expected = logits(built.model, inputs)
+    built.save_pretrained(tmp_path / "saved")
+    uploaded(tmp_path / "saved", "someone/pruned", tmp_path / "cache")
+    snapshot = next((tmp_path / "cache").glob("models--*/snapshots/*"))
+    for source in ("someone/pruned", snapshot):
+        again = tr.BuiltPipeline.from_pretrained(source)
+        assert torch.equal(logits(again.model, inputs), expected)
+        named = pipeline(str(source), None, None, STAGES["lftr"]).build()
+        assert torch.equal(logits(named.model, inputs), expected)
+    with pytest.raises(PipelineError, match=r"was pruned before it was saved|quantized already"):
+        pipeline("someone/pruned", None, ENCODERS["heads"], STAGES["lftr"]).build()
+    with pytest.raises(PipelineError, match=r"someone/else.*no such folder, and no pipeline.yaml"):
+        tr.BuiltPipeline.from_pretrained("someone/else")
+
+
+def test_a_folder_is_saved_to_again_and_moved(tmp_path: Path) -> None:
+    built = pipeline("testbed:b", QUANTIZERS["ao-int8"], ENCODERS["timm"], STAGES["lftr"]).build()
+    inputs = prompt(built.processor)
+    expected = logits(built.model, inputs)
+    built.model.generation_config.max_new_tokens = 7
+    for _ in range(2):
+        built.save_pretrained(tmp_path / "saved")
+        built = tr.BuiltPipeline.from_pretrained(tmp_path / "saved")
+    assert built.model.generation_config.max_new_tokens == 7
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = tr.BuiltPipeline.from_pretrained(tmp_path / "moved")
+    assert torch.equal(logits(again.model, inputs), expected)
+
+
+def test_a_folder_that_held_another_model(tmp_path: Path) -> None:
+    pipeline("testbed:b", None, ENCODERS["heads"], STAGES["lftr"]).build().save_pretrained(tmp_path)
+    built = pipeline("testbed:b", None, None, STAGES["lftr"]).build()
+    built.save_pretrained(tmp_path)
+    assert not (tmp_path / PLAN_FILE).exists()
+    again = tr.BuiltPipeline.from_pretrained(tmp_path)
+    inputs = prompt(built.processor)
+    assert torch.equal(logits(again.model, inputs), logits(built.model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("pruned", "change", "error", "message"),
+    [
+        ("heads", None, PipelineError, "surgery.json that was written beside the weights is miss"),
+        ("depth", {"kept": [0, 1]}, UnsupportedModel, "not the plan of these weights"),
+        ("depth", {"kept": [0, 1, 2, 3, 4]}, UnsupportedModel, "not the plan of these weights"),
+        ("heads", {"encoder": "model.language_model"}, UnsupportedModel, "does not fit"),
+        ("heads", {"kept": []}, PipelineError, "distinct indices"),
+        ("heads", {"kept": [0, 0]}, PipelineError, "distinct indices"),
+        (
+            "heads",
+            {"slices": {"encoder.layers.0.mlp.fc1": {"rows": [-1]}}},
+            PipelineError,
+            "distin",
+        ),
+        (
+            "heads",
+            {"slices": {"encoder.layers.0.mlp.fc1": {"rows": [999]}}},
+            UnsupportedModel,
+            "999",
+        ),
+        ("heads", {"attributes": {"": {"forward": None}}}, PipelineError, "whole numbers"),
+        ("heads", {"attributes": {"": {"forward": 1}}}, UnsupportedModel, "forward is no number"),
+        (
+            "heads",
+            {"settings": [{"path": "config", "name": "auto_map", "before": 1, "after": {}}]},
+            PipelineError,
+            "config.auto_map to whole numbers",
+        ),
+        (
+            "heads",
+            {"settings": [{"path": "config.__class__", "name": "x", "before": 1, "after": 1}]},
+            PipelineError,
+            "changes the configuration, not",
+        ),
+    ],
+)
+def test_plans_that_are_missing_or_were_changed(
+    pruned: str, change: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    built = pipeline("testbed:b", None, ENCODERS[pruned], STAGES["lftr"]).build()
+    built.save_pretrained(tmp_path)
+    plan = tmp_path / PLAN_FILE
+    document = json.loads(plan.read_text())
+    plan.unlink()
+    if change is not None:
+        plan.write_text(json.dumps(document | change))
+    with pytest.raises(error, match=message):
+        tr.BuiltPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_are_not_saved_with_the_model(tmp_path: Path) -> None:
+    built = pipeline("testbed:b", None, ENCODERS["heads"], STAGES["lftr"]).build()
+    inputs = prompt(built.processor)
+    expected = logits(built.model, inputs)
+    built.attachment.detach()
+    targets = r".*language_model.*(q_proj|v_proj)"
+    adapted = peft.get_peft_model(built.model, peft.LoraConfig(r=4, target_modules=targets))
+    with tr.attach(adapted, built.pipeline) as run:
+        assert torch.equal(logits(adapted, inputs), expected)
+        assert run.receipt.tokens_out == KEPT["lftr"]
+    with pytest.raises(PipelineError, match=r"adapters of peft.*Merge them"):
+        built.save_pretrained(tmp_path / "saved")
+    merged = adapted.merge_and_unload()
+    assert merged is built.model
+    built.save_pretrained(tmp_path / "saved")
+    again = tr.BuiltPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again.model, inputs), expected)
+
+
+def test_code_beside_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the user asked whether it may be."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    pipeline("testbed:b", None, None, STAGES["lftr"]).build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(PipelineError, match="without code of its own"):
+        tr.BuiltPipeline.from_pretrained(tmp_path)
 
 
 def test_a_stage_that_no_file_can_name_is_not_saved(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _estimate(loaded: Any, visual_tokens: int | None, text_tokens: int, as_json:
             "--config-only counts an encoder as it was stored, and what is pruned is judged by its "
             "weights: leave --config-only out, or give model.vision_encoder=null."
         )
-    config = AutoConfig.from_pretrained(resolve_path(loaded.model.path))
+    config = AutoConfig.from_pretrained(resolve_path(loaded.model.path), trust_remote_code=False)
     tokens = visual_tokens or getattr(config, "image_seq_length", None)
     if tokens is None:
         raise PipelineError(

@@ -8,7 +8,8 @@ can express load again: the model is built as its configuration says, cut, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,18 @@ class Slice:
     Attributes:
         rows: of every parameter (outputs of a linear layer, channels of a norm); None for all.
         columns: of its weight (inputs of a linear layer); None for all.
+
+    Raises:
+        PipelineError: if they are not distinct indices.
     """
 
     rows: tuple[int, ...] | None = None
     columns: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for kept in (self.rows, self.columns):
+            if kept is not None:
+                _require_indices(kept, "the rows and columns that stay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +55,24 @@ class Setting:
     Attributes:
         path: attributes that lead from the model to the object, as ``"config.vision_config"``.
         name: the attribute.
-        before: its value in the whole model.
+        before: its value in the whole model, a whole number or a list of them.
         after: its value in the pruned one.
+
+    Raises:
+        PipelineError: if it is no setting of a configuration, or of another type.
     """
 
     path: str
     name: str
     before: Any
     after: Any
+
+    def __post_init__(self) -> None:
+        steps = [*self.path.split("."), self.name]
+        if steps[0] != "config" or any(step.startswith("_") for step in steps):
+            raise PipelineError(f"a surgery plan changes the configuration, not {'.'.join(steps)}.")
+        for value in (self.before, self.after):
+            _require_numbers(value, ".".join(steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +87,9 @@ class SurgeryPlan:
         attributes: by path in the whole encoder, the attributes that say how wide a module is.
         settings: what changes in the configuration.
         record: how the plan came about, for the reader.
+
+    Raises:
+        PipelineError: if no block stays, or an entry is of a wrong type.
     """
 
     encoder: str
@@ -78,6 +100,12 @@ class SurgeryPlan:
     settings: tuple[Setting, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _require_indices(self.kept, "the blocks that stay")
+        for path, values in self.attributes.items():
+            for name, value in values.items():
+                _require_numbers(value, f"{path}.{name}")
+
     def apply(self, model: nn.Module) -> None:
         """Cut a whole model, with or without weights (meta device), in place.
 
@@ -86,34 +114,32 @@ class SurgeryPlan:
             AttachmentError: if a pipeline is attached to the model.
         """
         _require_order(model, self.encoder)
-        try:
+        with _fitting(type(model).__name__):
             encoder = model.get_submodule(self.encoder)
             for path, cut in self.slices.items():
                 _slice(encoder.get_submodule(path), cut)
             for path, values in self.attributes.items():
-                module = encoder.get_submodule(path)
                 for name, value in values.items():
-                    getattr(module, name)
-                    setattr(module, name, value)
+                    _replace(encoder.get_submodule(path), name, value)
             parent, _, name = self.blocks.rpartition(".")
             blocks: Any = encoder.get_submodule(self.blocks)
             shorter = type(blocks)(*_chosen(blocks, self.kept))
             setattr(encoder.get_submodule(parent), name, shorter)
-            self.set_configuration(model, "after")
-        except (AttributeError, IndexError, TypeError, RuntimeError) as error:
-            raise UnsupportedModel(
-                f"the surgery plan does not fit {type(model).__name__}: {error}. It was made for "
-                "another model, or for another version of it."
-            ) from error
+        self.set_configuration(model, "after")
         setattr(model, _ATTRIBUTE, self)
 
     def set_configuration(self, model: Any, when: str) -> None:
-        """Give the configuration its values ``"before"`` or ``"after"`` the surgery."""
-        for setting in self.settings:
-            owner = model
-            for step in setting.path.split("."):
-                owner = getattr(owner, step)
-            setattr(owner, setting.name, getattr(setting, when))
+        """Give the configuration its values ``"before"`` or ``"after"`` the surgery.
+
+        Raises:
+            UnsupportedModel: if the plan does not fit the configuration.
+        """
+        with _fitting(type(model.config).__name__):
+            for setting in self.settings:
+                owner = model
+                for step in setting.path.split("."):
+                    owner = getattr(owner, step)
+                _replace(owner, setting.name, getattr(setting, when))
 
     def save(self, folder: Path) -> None:
         """Write the plan beside a model's weights."""
@@ -121,29 +147,26 @@ class SurgeryPlan:
         (folder / PLAN_FILE).write_text(json.dumps(document), encoding="utf-8")
 
     @classmethod
-    def beside(cls, folder: Path) -> SurgeryPlan | None:
-        """The plan in a model's folder; None if there is none.
+    def read(cls, path: Path) -> SurgeryPlan:
+        """The plan in a file.
 
         Raises:
             PipelineError: if the file is damaged, or of a later version.
         """
-        path = folder / PLAN_FILE
-        if not path.is_file():
-            return None
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.pop("format") != FORMAT:
                 raise PipelineError(
-                    f"{path}: was written by a later version of tokenreduce. Upgrade: "
-                    "pip install --upgrade tokenreduce"
+                    "it was written by a later version of tokenreduce. Upgrade: pip install "
+                    "--upgrade tokenreduce"
                 )
             slices = {name: _read_slice(cut) for name, cut in document.pop("slices").items()}
             settings = tuple(Setting(**setting) for setting in document.pop("settings"))
             kept = tuple(document.pop("kept"))
             return cls(kept=kept, slices=slices, settings=settings, **document)
+        except PipelineError as error:
+            raise PipelineError(f"{path}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, PipelineError):
-                raise
             raise PipelineError(f"{path}: is no surgery plan: {error!r}.") from error
 
 
@@ -172,6 +195,41 @@ def cut_class(base: type[Any], plan: SurgeryPlan) -> type[Any]:
 def restore_class(model: Any, base: type[Any]) -> None:
     """Make a model that was loaded through :func:`cut_class` one of its own class."""
     model.__class__ = base
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """Say of a plan that fails that it is not the plan of this model."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError, RuntimeError) as error:
+        raise UnsupportedModel(
+            f"the surgery plan does not fit {name}: {error}. It was made for another model, or for "
+            "another version of it."
+        ) from error
+
+
+def _require_indices(kept: Sequence[Any], what: str) -> None:
+    if not kept or not all(type(i) is int and i >= 0 for i in kept) or len({*kept}) < len(kept):
+        raise PipelineError(f"a surgery plan names {what} by distinct indices, got {_short(kept)}.")
+
+
+def _require_numbers(value: Any, name: str) -> None:
+    numbers = value if isinstance(value, list | tuple) else (value,)
+    if not all(type(number) is int for number in numbers):
+        raise PipelineError(f"a surgery plan sets {name} to whole numbers, got {_short(value)}.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Change what is a number, or a list of them, already."""
+    if not isinstance(getattr(owner, name), int | list | tuple):
+        raise TypeError(f"{type(owner).__name__}.{name} is no number")
+    setattr(owner, name, value)
 
 
 def _require_order(model: nn.Module, encoder: str) -> None:
@@ -204,9 +262,9 @@ def _slice(module: Any, cut: Slice) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         value: Tensor = parameter.detach()
         if cut.rows is not None:
-            value = value.index_select(0, _index(cut.rows, value))
+            value = _select(value, 0, cut.rows)
         if cut.columns is not None and value.ndim > 1:
-            value = value.index_select(1, _index(cut.columns, value))
+            value = _select(value, 1, cut.columns)
         setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -214,5 +272,8 @@ def _slice(module: Any, cut: Slice) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-def _index(kept: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(kept, dtype=torch.long, device=like.device)
+def _select(value: Tensor, axis: int, kept: Sequence[int]) -> Tensor:
+    if max(kept) >= value.shape[axis]:
+        # Without weights (meta device) torch would not notice.
+        raise IndexError(f"index {max(kept)} of {value.shape[axis]}")
+    return value.index_select(axis, torch.tensor(kept, device=value.device))

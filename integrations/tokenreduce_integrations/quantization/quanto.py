@@ -22,9 +22,7 @@ from tokenreduce_integrations.quantization.choices import (
     refuse_unknown,
     scheme_on,
 )
-from tokenreduce_integrations.quantization.stored import QUANTO_WEIGHTS
-
-_MAP = "quanto.json"
+from tokenreduce_integrations.quantization.stored import QUANTO_MAP, QUANTO_WEIGHTS
 
 _DEVICES = dict.fromkeys(("int8", "int4", "float8"), ("cpu", "cuda"))
 _COMPILERS = ("c++", "g++", "clang++")
@@ -59,12 +57,12 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     # Tied weights share memory, which the format does not allow.
     state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / QUANTO_WEIGHTS, metadata={"format": "pt"})
-    (folder / _MAP).write_text(json.dumps(quantization_map(model)), encoding="utf-8")
+    (folder / QUANTO_MAP).write_text(json.dumps(quantization_map(model)), encoding="utf-8")
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
     """Quantize a model whose weights do not count, and fill it with what was written."""
-    mapping = json.loads((folder / _MAP).read_text(encoding="utf-8"))
+    mapping = json.loads((folder / QUANTO_MAP).read_text(encoding="utf-8"))
     requantize(model, load_file(folder / QUANTO_WEIGHTS), mapping, device)
 
 

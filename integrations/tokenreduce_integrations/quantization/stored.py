@@ -15,7 +15,8 @@ from tokenreduce.registry import import_target
 #: The extra that each method's package comes with.
 EXTRA_OF = {"torchao": "quant", "bitsandbytes": "quant", "quanto": "quanto"}
 
-QUANTO_WEIGHTS = "quanto.safetensors"
+#: Weights of quanto, and how each module of them is quantized.
+QUANTO_FILES = QUANTO_WEIGHTS, QUANTO_MAP = ("quanto.safetensors", "quanto.json")
 _DEVICES = ("cpu", "cuda")
 
 
@@ -41,14 +42,12 @@ def refuse_device(method: str, device: torch.device) -> None:
         )
 
 
-def stored_by_quanto(folder: Path) -> bool:
-    """Whether a folder holds weights of quanto that :func:`save_weights` wrote."""
-    return (folder / QUANTO_WEIGHTS).is_file()
-
-
 def save_weights(model: Any, folder: Path) -> None:
     """Write a model, quantized or not, with its configuration."""
     method = stored_method(model.config)
+    # What was saved here before would be read in place of what is saved now.
+    for name in QUANTO_FILES:
+        (folder / name).unlink(missing_ok=True)
     if method == "quanto":
         # transformers does not write these.
         model.config.save_pretrained(folder)

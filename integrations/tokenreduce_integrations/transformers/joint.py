@@ -64,8 +64,8 @@ class JointEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModel.from_pretrained(name, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise _unloadable(name, error) from error
         encoder = cls(model, tokenizer)
@@ -88,7 +88,7 @@ class JointEncoder:
 
             name = _name(source)
             try:
-                config = AutoConfig.from_pretrained(name)
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             except (OSError, ValueError, KeyError) as error:
                 raise _unloadable(name, error) from error
         vision = getattr(config, "vision_config", None)

@@ -20,10 +20,11 @@ from tokenreduce.backends import (
     find_encoder_pruner,
     find_quantizer,
 )
-from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
+from tokenreduce.errors import PipelineError, TokenReduceError, UnsupportedModel, did_you_mean
 from tokenreduce.pipeline import ModelSettings
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.pruning.surgery import (
+    PLAN_FILE,
     SurgeryPlan,
     cut_class,
     plan_of,
@@ -32,16 +33,19 @@ from tokenreduce_integrations.pruning.surgery import (
 from tokenreduce_integrations.pruning.timm_tower import adapt_timm_tower
 from tokenreduce_integrations.quantization.stored import (
     EXTRA_OF,
+    QUANTO_FILES,
     load_quanto,
     refuse_device,
-    stored_by_quanto,
     stored_method,
 )
+from tokenreduce_integrations.transformers.files import find_file
 
 TESTBED = "testbed:"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST_REASON = 400
+#: What transformers says to do about weights of other shapes, which would make them random.
+_MISMATCH = "ignore_mismatched_sizes"
 
 
 def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[nn.Module, Any]:
@@ -73,23 +77,19 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
             f"model path {path!r}: no such folder. Give a folder that save_pretrained wrote, a hub "
             "name such as 'llava-hf/llava-1.5-7b-hf', or 'testbed:b'."
         )
-    plan = SurgeryPlan.beside(Path(path))
-    if plan is not None and prune is not None:
-        raise PipelineError(
-            f"model path {path!r}: its vision encoder was pruned before it was saved. Leave out "
-            "vision_encoder, or prune more of the original model at once."
-        )
-
     # Imported here so that a pipeline which cannot work says so at once.
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     with _explained(settings):
         # The smallest file comes first: without it the others are not worth asking for, and it
         # says whether the stages can run before any weight is read.
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         arguments = _arguments(config, settings)
+        plan = _plan_of(path, settings)
         with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+            skeleton = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
             own = stored = type(skeleton)
             if plan is not None:
                 stored = cut_class(own, plan)
@@ -99,11 +99,14 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         if prune is not None:
             prune.backend.check(skeleton, prune.options)
         chosen = {} if quantize is None else quantize(skeleton)
-        processor = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
-        if stored_by_quanto(Path(path)):
-            model = load_quanto(stored, config, Path(path), settings)
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            path, trust_remote_code=False
+        )
+        by_quanto = [find_file(path, name) for name in QUANTO_FILES]
+        if by_quanto[0] is not None:
+            model = load_quanto(stored, config, by_quanto[0].parent, settings)
         elif prune is None or quantize is None:
-            model = _read(stored, path, {**arguments, **chosen}, settings.torch_device)
+            model = _read(stored, path, {**arguments, **chosen}, settings.torch_device, plan)
             if prune is not None:
                 prune(model, processor)
         else:
@@ -116,6 +119,19 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
     restore_class(model, own)
     adapt_timm_tower(model)
     return model.eval(), processor
+
+
+def _plan_of(path: str, settings: ModelSettings) -> SurgeryPlan | None:
+    """The plan that the stored weights were cut by, or None."""
+    file = find_file(path, PLAN_FILE)
+    if file is None:
+        return None
+    if settings.encoder_pruner is not None:
+        raise PipelineError(
+            f"model path {path!r}: its vision encoder was pruned before it was saved. Leave out "
+            "vision_encoder, or prune more of the original model at once."
+        )
+    return SurgeryPlan.read(file)
 
 
 def _arguments(config: Any, settings: ModelSettings) -> dict[str, Any]:
@@ -183,8 +199,23 @@ def _quantization(settings: ModelSettings) -> _Quantization | None:
     return _Quantization(backend, quantizer.options, settings.torch_device)
 
 
-def _read(own: type[Any], path: str, arguments: Mapping[str, Any], device: torch.device) -> Any:
-    model = own.from_pretrained(path, **arguments)
+def _read(
+    own: type[Any],
+    path: str,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+    plan: SurgeryPlan | None = None,
+) -> Any:
+    model, found = own.from_pretrained(path, output_loading_info=True, **arguments)
+    if plan is not None:
+        # Blocks that only one of plan and file has would be left out, or have random weights.
+        strange = {*found["missing_keys"], *found["unexpected_keys"]}
+        mine = sorted(name for name in strange if name.startswith(f"{plan.encoder}."))
+        if mine:
+            raise UnsupportedModel(
+                f"{path}: {PLAN_FILE} is not the plan of these weights: they disagree about "
+                f"{mine[0]} and {len(mine) - 1} more. Take the one that was saved with them."
+            )
     return model if "device_map" in arguments else model.to(device)
 
 
@@ -236,6 +267,8 @@ def _explained(settings: ModelSettings) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if _MISMATCH in reason:
+            reason = "its weights have other shapes than the model that they are for"
         raise PipelineError(
             f"model {settings.path!r} cannot be loaded: {_shortened(reason)}. "
             f"{_remedy(settings, error)}"
@@ -251,6 +284,11 @@ def _shortened(reason: str) -> str:
 
 def _remedy(settings: ModelSettings, error: Exception) -> str:
     text = str(error)
+    if _MISMATCH in text:
+        return (
+            f"If its vision encoder was pruned, the {PLAN_FILE} that was written beside the "
+            "weights is missing, or is that of another model."
+        )
     if isinstance(error, ImportError) and "torchvision" in text.lower():
         return "Its processor needs torchvision: pip install 'tokenreduce[vision]'"
     if isinstance(error, ImportError) and any(name in text for name in EXTRA_OF):

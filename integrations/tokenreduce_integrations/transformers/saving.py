@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import ModelSettings
-from tokenreduce_integrations.pruning.surgery import plan_of
+from tokenreduce_integrations.pruning.surgery import PLAN_FILE, plan_of
 from tokenreduce_integrations.quantization.stored import save_weights
 
 
@@ -21,9 +21,15 @@ def save_model(model: Any, processor: Any, folder: Path, settings: ModelSettings
         settings: how the model was loaded.
 
     Raises:
-        PipelineError: if its pruner left no plan by which it can be built again, or the folder
-            cannot be written.
+        PipelineError: if its pruner left no plan by which it can be built again, there are
+            adapters of peft on it, or the folder cannot be written.
     """
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise PipelineError(
+            f"there are adapters of peft on this {type(model).__name__}, which would be saved "
+            "without the model or under other names. Merge them (merge_and_unload), or remove them "
+            "and save them by themselves."
+        )
     plan, pruner = plan_of(model), settings.encoder_pruner
     if pruner is not None and plan is None:
         raise PipelineError(
@@ -34,6 +40,8 @@ def save_model(model: Any, processor: Any, folder: Path, settings: ModelSettings
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(model, folder)
         processor.save_pretrained(folder)
+        # A plan of what was saved here before would be taken for that of these weights.
+        (folder / PLAN_FILE).unlink(missing_ok=True)
         if plan is not None:
             plan.save(folder)
     except OSError as error:

@@ -58,8 +58,7 @@ def parameters(model: nn.Module) -> int:
 def saved_and_loaded(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     plan_of(model).save(folder)
-    plan = SurgeryPlan.beside(folder)
-    assert plan is not None
+    plan = SurgeryPlan.read(folder / PLAN_FILE)
     again = cut_class(type(model), plan).from_pretrained(folder)
     restore_class(again, type(model))
     adapt_timm_tower(again)
@@ -441,7 +440,7 @@ def test_unknown_forms_are_refused_part_by_part() -> None:
 def test_damaged_plans(text: str, tmp_path: Path) -> None:
     (tmp_path / PLAN_FILE).write_text(text)
     with pytest.raises(PipelineError, match=r"surgery plan|later version"):
-        SurgeryPlan.beside(tmp_path)
+        SurgeryPlan.read(tmp_path / PLAN_FILE)
 
 
 def test_a_plan_of_another_model(tmp_path: Path) -> None:
@@ -452,7 +451,6 @@ def test_a_plan_of_another_model(tmp_path: Path) -> None:
     document = json.loads((tmp_path / PLAN_FILE).read_text())
     document["kept"] = [7]
     (tmp_path / PLAN_FILE).write_text(json.dumps(document))
-    wrong = SurgeryPlan.beside(tmp_path)
-    assert wrong is not None
+    wrong = SurgeryPlan.read(tmp_path / PLAN_FILE)
     with pytest.raises(UnsupportedModel, match="does not fit"):
         wrong.apply(llava().model)
