@@ -140,7 +140,7 @@ class Receipt:
         sequence_in: length of the padded sequence that the model was given.
         sequence_out: length of the padded sequence that the first LLM layer computed.
         layers: number of LLM layers; 0 for an encoder alone.
-        kv_bytes_per_token: bytes of keys and values of one token over all layers; 0 if unknown.
+        kv_bytes_by_layer: bytes of keys and values of one token in each layer; None if unknown.
         stopwatch: time spent choosing and merging tokens.
         reason: why nothing was reduced at all, or an empty string.
     """
@@ -149,7 +149,7 @@ class Receipt:
     sequence_in: int = 0
     sequence_out: int = 0
     layers: int = 0
-    kv_bytes_per_token: int = 0
+    kv_bytes_by_layer: tuple[int, ...] | None = ()
     stopwatch: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
     reason: str = ""
 
@@ -176,13 +176,23 @@ class Receipt:
         )
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the visual tokens' keys and values."""
-        return sum(self.tokens_per_layer) * self.kv_bytes_per_token // max(1, self.layers)
+    def kv_bytes_per_token(self) -> int | None:
+        """Bytes of keys and values of one token over all layers; None if unknown."""
+        return None if self.kv_bytes_by_layer is None else sum(self.kv_bytes_by_layer)
 
     @property
-    def kv_bytes_saved(self) -> int:
-        """Bytes of keys and values that the dropped tokens would have taken."""
+    def kv_bytes(self) -> int | None:
+        """Bytes of the visual tokens' keys and values; None if unknown."""
+        if self.kv_bytes_by_layer is None:
+            return None
+        layers = zip(self.tokens_per_layer, self.kv_bytes_by_layer, strict=True)
+        return sum(tokens * size for tokens, size in layers)
+
+    @property
+    def kv_bytes_saved(self) -> int | None:
+        """Bytes of keys and values that the dropped tokens would have taken; None if unknown."""
+        if self.kv_bytes is None or self.kv_bytes_per_token is None:
+            return None
         return self.tokens_in * self.kv_bytes_per_token - self.kv_bytes
 
     @property
@@ -247,7 +257,7 @@ class Receipt:
         if self.layers:
             last.append(f"LLM sequence {self.sequence_in} -> {self.sequence_out}")
         last.append(f"selection {self.selection_ms:.1f} ms")
-        if self.layers:
+        if self.layers and self.kv_bytes_saved is not None:
             last.append(f"KV cache {self.kv_bytes_saved / 2**20:.1f} MiB smaller")
         lines.append(", ".join(last))
         return "\n".join(lines)

@@ -18,8 +18,8 @@ from tokenreduce.receipt import Receipt
 from tokenreduce_integrations.accounting.flops import Flops, count_flops
 from tokenreduce_integrations.accounting.timing import Times, median_times, time_answer
 from tokenreduce_integrations.accounting.weights import Weights, weigh
-from tokenreduce_integrations.transformers.attachment import kv_bytes_per_token
 from tokenreduce_integrations.transformers.families import find_decoder
+from tokenreduce_integrations.transformers.kv_cache import kv_bytes_per_token
 
 #: Makes the inputs of one prompt, given the processor and the model's device.
 Prompt = Callable[[Any, torch.device], Mapping[str, Any]]
@@ -33,14 +33,14 @@ class Side:
         weights: parameters and bytes.
         flops: of the first token: encoder, selection, prefill.
         tokens_per_layer: visual tokens in each layer of the LLM.
-        kv_bytes: keys and values of the visual tokens.
+        kv_bytes: keys and values of the visual tokens; None if their size is not known.
         times: by batch size, medians over rounds.
     """
 
     weights: Weights
     flops: Flops
     tokens_per_layer: tuple[int, ...]
-    kv_bytes: int
+    kv_bytes: int | None
     times: dict[int, Times]
 
     @property
@@ -181,7 +181,7 @@ def compare(
         receipt = now.receipt
     base_flops = count_flops(whole, lambda: _first_token(whole, inputs))
     layers = len(find_decoder(whole).layers)
-    entered = receipt.tokens_in
+    entered, held = receipt.tokens_in, kv_bytes_per_token(find_decoder(whole))
     return Comparison(
         pipeline=Side(
             weights=weigh(model),
@@ -194,7 +194,7 @@ def compare(
             weights=weigh(whole),
             flops=base_flops,
             tokens_per_layer=(entered,) * layers,
-            kv_bytes=entered * kv_bytes_per_token(find_decoder(whole)),
+            kv_bytes=None if held is None else entered * held,
             times={b: median_times(base) for b, (_, base) in times.items()},
         ),
         speedup={

@@ -14,8 +14,8 @@ from torch import nn
 from tokenreduce.errors import UnsupportedModel
 from tokenreduce_integrations.accounting.flops import count_flops
 from tokenreduce_integrations.accounting.parts import LLM, Part
-from tokenreduce_integrations.transformers.attachment import kv_bytes_per_token
 from tokenreduce_integrations.transformers.families import find_decoder
+from tokenreduce_integrations.transformers.kv_cache import kv_bytes_by_layer
 
 _PROBES = (64, 128, 192)
 
@@ -46,12 +46,12 @@ class LanguageModelCost:
     Attributes:
         layers: one entry for each layer.
         head: FLOPs of the logits of one token.
-        kv_bytes: bytes of keys and values of one token in one layer.
+        kv_bytes: bytes of keys and values of one token in each layer; None if they are not known.
     """
 
     layers: tuple[Layer, ...]
     head: int
-    kv_bytes: int
+    kv_bytes: tuple[int, ...] | None
 
     def prefill(self, tokens_per_layer: Sequence[int]) -> int:
         """FLOPs of a prompt with the given number of tokens in each layer, logits of one token."""
@@ -63,9 +63,12 @@ class LanguageModelCost:
         pairs = zip(self.layers, tokens_per_layer, strict=True)
         return sum(layer.decode(tokens + 1) for layer, tokens in pairs) + self.head
 
-    def cache(self, tokens_per_layer: Sequence[int]) -> int:
-        """Bytes of keys and values."""
-        return sum(tokens_per_layer) * self.kv_bytes
+    def cache(self, tokens_per_layer: Sequence[int]) -> int | None:
+        """Bytes of keys and values; None if they are not known."""
+        if self.kv_bytes is None:
+            return None
+        pairs = zip(tokens_per_layer, self.kv_bytes, strict=True)
+        return sum(tokens * size for tokens, size in pairs)
 
 
 def language_model_cost(model: nn.Module) -> LanguageModelCost:
@@ -94,8 +97,8 @@ def language_model_cost(model: nn.Module) -> LanguageModelCost:
     get_head: Any = model.get_output_embeddings
     head = get_head()
     width = 0 if head is None else 2 * head.in_features * head.out_features
-    per_layer = kv_bytes_per_token(decoder) // len(layers)
-    return LanguageModelCost(layers=tuple(layers), head=width, kv_bytes=per_layer)
+    held = kv_bytes_by_layer(decoder)
+    return LanguageModelCost(layers=tuple(layers), head=width, kv_bytes=held)
 
 
 def _without_weights(decoder: Any) -> Any:

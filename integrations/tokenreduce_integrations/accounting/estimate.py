@@ -29,7 +29,7 @@ class Estimate:
         encoder_flops: encoder and projector.
         prefill_flops: the LLM's layers on the whole prompt, and the logits of one token.
         decode_flops: the first token after the prompt.
-        kv_bytes: keys and values of the whole prompt.
+        kv_bytes: keys and values of the whole prompt; None if their size is not known.
         visual_kv_bytes: those of the visual tokens alone.
     """
 
@@ -39,8 +39,8 @@ class Estimate:
     encoder_flops: int
     prefill_flops: int
     decode_flops: int
-    kv_bytes: int
-    visual_kv_bytes: int
+    kv_bytes: int | None
+    visual_kv_bytes: int | None
 
     @property
     def layer_average(self) -> float:

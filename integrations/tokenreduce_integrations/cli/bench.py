@@ -159,5 +159,5 @@ def _giga(flops: int) -> str:
     return f"{flops / 1e9:,.3f}"
 
 
-def _mebi(size: int) -> str:
-    return f"{size / 2**20:,.2f}"
+def _mebi(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.2f}"

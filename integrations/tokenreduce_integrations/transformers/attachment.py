@@ -40,6 +40,7 @@ from tokenreduce_integrations.transformers.families import Family
 from tokenreduce_integrations.transformers.generation import GenerateWatch
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.joint import JointEncoder
+from tokenreduce_integrations.transformers.kv_cache import kv_bytes_by_layer
 from tokenreduce_integrations.transformers.ledger import Given, Ledger, Slots
 from tokenreduce_integrations.transformers.masks import BuiltMask, is_built
 from tokenreduce_integrations.transformers.prompts import PROMPT_SIGNALS, PromptReader
@@ -513,7 +514,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 sequence_in=sequence_in,
                 sequence_out=sequence_in if sequence_out is None else sequence_out,
                 layers=self.decoder.config.num_hidden_layers,
-                kv_bytes_per_token=kv_bytes_per_token(self.decoder),
+                kv_bytes_by_layer=kv_bytes_by_layer(self.decoder),
                 stopwatch=Stopwatch() if choice is None else choice.stopwatch,
                 reason=reason or _common_reason(outcomes),
             )
@@ -574,37 +575,3 @@ def _common_reason(outcomes: Sequence[ItemOutcome]) -> str:
         return ""
     reasons = (stage.reason for outcome in outcomes for stage in outcome.stages[-1:])
     return "; ".join(dict.fromkeys(reasons))
-
-
-def kv_bytes_per_token(decoder: Any) -> int:
-    """Bytes of keys and values of one token over all layers of a decoder."""
-    parameter = next(decoder.parameters())
-    element = parameter.element_size() if parameter.is_floating_point() else 2
-    config = decoder.config
-    if getattr(config, "kv_lora_rank", None):
-        return 0  # latent attention caches what it likes
-    per_layer = getattr(config, "per_layer_config", None)
-    if per_layer:
-        repeats = config.num_hidden_layers // len(per_layer)
-        return 2 * sum(_key_width(layer) for layer in per_layer) * int(element * repeats)
-    return 2 * _key_width(config) * _remembering_layers(config) * int(element)
-
-
-def _remembering_layers(config: Any) -> int:
-    """Layers that hold keys and values of visual tokens."""
-    crossing = getattr(config, "cross_attention_layers", None)
-    if crossing is not None:
-        return len(crossing)
-    if getattr(config, "is_encoder_decoder", False):
-        names = ("num_decoder_layers", "decoder_layers")
-        return int(next(getattr(config, name) for name in names if hasattr(config, name)))
-    kinds = getattr(config, "layer_types", None) or ()
-    if not kinds:
-        return int(config.num_hidden_layers)
-    return sum("attention" in kind and "linear" not in kind for kind in kinds)
-
-
-def _key_width(config: Any) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads) * int(width)

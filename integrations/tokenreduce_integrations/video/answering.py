@@ -26,7 +26,7 @@ from tokenreduce.stage import Stage
 from tokenreduce.tokens import VisualTokens
 from tokenreduce_integrations.cli import chat
 from tokenreduce_integrations.transformers import families
-from tokenreduce_integrations.transformers.attachment import kv_bytes_per_token
+from tokenreduce_integrations.transformers.kv_cache import kv_bytes_by_layer
 from tokenreduce_integrations.video.decoding import VideoFile
 
 #: Moments (pairs of frames, for Qwen) that are encoded at once.
@@ -212,7 +212,7 @@ def receipt(
         sequence_in=lengths[0],
         sequence_out=lengths[1],
         layers=decoder.config.num_hidden_layers,
-        kv_bytes_per_token=kv_bytes_per_token(decoder),
+        kv_bytes_by_layer=kv_bytes_by_layer(decoder),
         stopwatch=clip.stopwatch,
         reason=reason,
     )

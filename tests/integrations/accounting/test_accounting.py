@@ -39,6 +39,7 @@ from tokenreduce_integrations.accounting.prices import TimePrice, time_prefill
 from tokenreduce_integrations.accounting.timing import Times
 from tokenreduce_integrations.accounting.weights import weigh
 from tokenreduce_integrations.testbed.models import load
+from tokenreduce_integrations.transformers.families import find_decoder
 from tokenreduce_integrations.transformers.loading import load_model
 
 
@@ -164,6 +165,19 @@ def test_an_unknown_costly_operator_is_an_error() -> None:
     assert is_costly("acme.fused_moe")
     assert not is_costly("acme.dequantize_rows")
     assert not is_costly("aten.index_select")
+
+
+def test_a_cache_of_an_unknown_form_is_never_zero() -> None:
+    case = llava()
+    find_decoder(case.model).config.kv_lora_rank = 8
+    with tr.attach(case.model, tr.create_strategy("uniform", keep=4)) as run:
+        case.model(**case.batch())
+        receipt = run.receipt
+    assert receipt.kv_bytes is None
+    assert receipt.kv_bytes_saved is None
+    assert receipt.as_dict()["kv_bytes"] is None
+    assert "KV cache" not in str(receipt)
+    assert estimate(case.model, visual_tokens=16, text_tokens=4).kv_bytes is None
 
 
 # -- from the configuration alone ------------------------------------------------------------------

@@ -87,6 +87,26 @@ def test_generation_equals_an_independent_recomputation(name: str, reducer: tr.R
 
 
 @every_family
+def test_receipts_have_the_bytes_that_the_cache_takes(name: str) -> None:
+    case = FAMILIES[name]()
+    with tr.attach(case.model, tr.create_strategy("norm-topk", keep_ratio=1.0)) as run:
+        options = {"max_new_tokens": 1, "return_dict_in_generate": True, "do_sample": False}
+        with torch.no_grad():
+            cache = case.model.generate(**case.batch(), **options).past_key_values
+    # Of an encoder and a decoder, the decoder holds what it attends to of the encoder.
+    cache = cache if case.seq2seq is None else cache.cross_attention_cache
+    total = 0
+    for layer in cache.layers:
+        for kind in ("keys", "values"):
+            states = getattr(layer, f"prefill_{kind}", None)
+            states = getattr(layer, kind, None) if states is None else states
+            if isinstance(states, torch.Tensor):
+                total += states.numel() * states.element_size()
+    batch, length = case.inputs["input_ids"].shape
+    assert run.receipt.kv_bytes_per_token * batch * length == total
+
+
+@every_family
 def test_forward_equals_an_independent_recomputation(name: str) -> None:
     # positions of a right-padded forward begin at zero in each row, as those of generate do
     case = FAMILIES[name]("right")
