@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokenreduce as tr
 from support.timm_llava import write_timm_llava
-from tokenreduce.errors import MissingSignal, PipelineError, UnknownName, UnsupportedModel
+from tokenreduce.errors import PipelineError, UnknownName, UnsupportedModel
 from tokenreduce_integrations.pruning.surgery import PLAN_FILE
 
 pytest.importorskip("torchao", reason="needs the extra quant")
@@ -116,24 +116,13 @@ def check(path: str, quantizer: Any, encoder: Any, stages: str, folder: Path) ->
     assert not torch.equal(unreduced, reduced)
 
 
-def check_or_refuse(
-    quantizer: Any, encoder: str, stages: str, folder: Path, timm_folder: Path
-) -> None:
-    """Every combination works but one, which is refused before anything is loaded."""
-    path = str(timm_folder) if encoder == "timm" else "testbed:b"
-    if encoder == "timm" and stages == "visionzip":
-        with pytest.raises(MissingSignal, match="lftr"):
-            pipeline(path, quantizer, ENCODERS[encoder], STAGES[stages]).build()
-        return
-    check(path, quantizer, ENCODERS[encoder], stages, folder)
-
-
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize(("quantizer", "encoder"), list(itertools.product(QUANTIZERS, ENCODERS)))
 def test_every_combination(
     quantizer: str, encoder: str, stages: str, tmp_path: Path, timm_folder: Path
 ) -> None:
-    check_or_refuse(QUANTIZERS[quantizer], encoder, stages, tmp_path, timm_folder)
+    path = str(timm_folder) if encoder == "timm" else "testbed:b"
+    check(path, QUANTIZERS[quantizer], ENCODERS[encoder], stages, tmp_path)
 
 
 @pytest.mark.slow
@@ -144,7 +133,8 @@ def test_every_combination_of_quanto(
 ) -> None:
     """int4 compiles an extension at first use."""
     pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
-    check_or_refuse(QUANTO[quantizer], encoder, stages, tmp_path, timm_folder)
+    path = str(timm_folder) if encoder == "timm" else "testbed:b"
+    check(path, QUANTO[quantizer], ENCODERS[encoder], stages, tmp_path)
 
 
 def test_half_precision_comes_back(tmp_path: Path) -> None:

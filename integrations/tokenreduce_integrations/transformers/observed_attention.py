@@ -5,12 +5,16 @@ observed module is given a stand-in for that object which answers with a name of
 function behind the name hands queries and keys (after rotary embeddings and norms, as attention
 sees them) to the callbacks, and runs the kernel that the module would have run. Nothing else of
 the model knows the stand-in, so masks are made as before.
+
+Attention modules of timm look nothing up: theirs are read where they leave the norms of queries and
+keys, which are there, as identities, also where nothing is normed.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +30,7 @@ from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_comp
 Callback = Callable[[nn.Module, Tensor, Tensor, Any, dict[str, Any]], Tensor | None]
 
 _PREFIX = "tokenreduce_observed_"
+_TIMM_ATTENTION = "timm.layers.attention.Attention"
 _LOOKUP = ("ALL_ATTENTION_FUNCTIONS", "eager_attention_forward")
 
 
@@ -65,7 +70,34 @@ class Observation:
         self._module.config = self._config.original
 
 
-def observe(module: nn.Module, callback: Callback) -> Observation:
+class NormObservation(Uncopyable):
+    """A callback on an attention module of timm; the mask that it returns is not taken."""
+
+    def __init__(self, module: Any, callback: Callback) -> None:
+        self._module = module
+        self._callback = callback
+        self._latest = threading.local()
+        self._handles = [
+            module.q_norm.register_forward_hook(self._keep),
+            module.k_norm.register_forward_hook(self._pair),
+        ]
+
+    def remove(self) -> None:
+        """Take the callback off; removing twice does nothing."""
+        for handle in self._handles:
+            handle.remove()
+
+    @outside_compilation
+    def _keep(self, _: nn.Module, __: Any, query: Tensor) -> None:
+        self._latest.query = query
+
+    @outside_compilation
+    def _pair(self, _: nn.Module, __: Any, key: Tensor) -> None:
+        query = self._latest.__dict__.pop("query")
+        self._callback(self._module, query, key, None, {"scaling": self._module.scale})
+
+
+def observe(module: nn.Module, callback: Callback) -> Observation | NormObservation:
     """Call ``callback`` with queries and keys whenever an attention module attends.
 
     The kernel (SDPA, FlashAttention, eager) stays the one that the model is set to, also if that
@@ -73,13 +105,15 @@ def observe(module: nn.Module, callback: Callback) -> Observation:
     unless its kernel takes the segments' bounds (``cu_seq_lens_q`` among the arguments).
 
     Args:
-        module: an attention module of transformers.
+        module: an attention module of transformers, or of a timm ViT.
         callback: see :data:`Callback`.
 
     Raises:
         UnsupportedModel: if the module does not look up its kernel by the name in its ``config``.
     """
-    if not dispatches(module):
+    if _norms_apart(module):
+        return NormObservation(module, callback)
+    if not _dispatches(module):
         raise UnsupportedModel(
             f"{type(module).__name__} does not look up its attention kernel through transformers' "
             "AttentionInterface: its queries and keys cannot be read. Use a strategy that needs "
@@ -88,7 +122,17 @@ def observe(module: nn.Module, callback: Callback) -> Observation:
     return Observation(module, callback)
 
 
-def dispatches(module: Any) -> bool:
+def observable(module: Any) -> bool:
+    """Whether a module attends in a way that can be observed."""
+    return _dispatches(module) or _norms_apart(module)
+
+
+def _norms_apart(module: Any) -> bool:
+    """Whether a module is timm's, and attends with what leaves the norms of queries and keys."""
+    return f"{type(module).__module__}.{type(module).__name__}" == _TIMM_ATTENTION
+
+
+def _dispatches(module: Any) -> bool:
     """Whether a module looks up its kernel by the name in its ``config``."""
     forward = inspect.unwrap(type(module).forward)
     looked_up = getattr(getattr(forward, "__code__", None), "co_names", ())

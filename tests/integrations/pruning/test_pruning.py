@@ -18,7 +18,13 @@ import tokenreduce as tr
 from support.timm_llava import timm_config
 from support.tiny_models import CASES, Case, lively, llava, qwen2_5_vl, qwen3_vl
 from tokenreduce.backends import find_encoder_pruner
-from tokenreduce.errors import AttachmentError, MediaError, PipelineError, UnsupportedModel
+from tokenreduce.errors import (
+    AttachmentError,
+    MediaError,
+    MissingSignal,
+    PipelineError,
+    UnsupportedModel,
+)
 from tokenreduce_integrations.pruning.encoders import find_encoder
 from tokenreduce_integrations.pruning.planning import feature_layer
 from tokenreduce_integrations.pruning.surgery import (
@@ -286,6 +292,39 @@ def test_timm_towers_have_no_class_token_to_drop() -> None:
     with pytest.raises(UnsupportedModel, match="the first patch would be dropped"):
         adapt_timm_tower(model)
     assert not adapt_timm_tower(llava().model)
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_signals_of_pruned_timm_towers(layer: int) -> None:
+    """Class attention, in the block whose output the projector reads, from the weights by hand."""
+    model, inputs = timm_case()
+    model.config.vision_feature_layer = layer
+    adapt_timm_tower(model)
+    prune(model, head_ratio=0.5)
+    attention = model.model.vision_tower.timm_model.blocks[layer].attn
+    seen: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with tr.attach(model, tr.create_strategy("fastervlm", keep=9)) as run, torch.no_grad():
+        model(**inputs)
+        [found] = run.reductions
+    handle.remove()
+    assert attention.num_heads == 2
+    with torch.no_grad():
+        query, key, _ = attention.qkv(seen[0]).unflatten(-1, (3, 2, 12)).unbind(2)
+        scores = torch.einsum("bhd,bshd->bhs", query[:, 0], key) / 12**0.5
+    expected = scores.softmax(-1).mean(1)[:, 1:].topk(9).indices.sort().values
+    assert torch.equal(found.kept, expected[0])
+    assert not attention.q_norm._forward_hooks
+    assert not attention.k_norm._forward_hooks
+
+
+def test_timm_towers_without_a_class_token_give_no_class_attention() -> None:
+    bare = timm_config()
+    bare.vision_config.model_args |= {"class_token": False, "global_pool": "avg"}
+    model = lively(transformers.LlavaForConditionalGeneration(bare))
+    adapt_timm_tower(model)
+    with pytest.raises(MissingSignal, match="class_attention"):
+        tr.attach(model, tr.create_strategy("fastervlm", keep=9))
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -15,7 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from tokenreduce.errors import AttachmentError, MissingSignal
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.joint import JointEncoder
-from tokenreduce_integrations.transformers.observed_attention import Callback, Observation, observe
+from tokenreduce_integrations.transformers.observed_attention import (
+    Callback,
+    NormObservation,
+    Observation,
+    observe,
+)
 from tokenreduce_integrations.transformers.probes.attention import SIGNALS, segments
 from tokenreduce_integrations.transformers.probes.pools import Pool
 from tokenreduce_integrations.transformers.probes.towers import Tower
@@ -130,7 +135,7 @@ class TowerProbe(Uncopyable):
         self._wanted = frozenset(wanted)
         self._joint = joint
         self._caught = _Caught()
-        self._handles: list[RemovableHandle | Observation] = []
+        self._handles: list[RemovableHandle | Observation | NormObservation] = []
         if self._wanted & _FEATURES:
             self._handles.append(tower.projector.register_forward_pre_hook(self._catch_input))
         shallow = self._wanted & {"shallow_class_attention"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenreduce_integrations.transformers.observed_attention import dispatches
+from tokenreduce_integrations.transformers.observed_attention import observable
 
 #: The part of a tower's depth at which attention is called shallow.
 SHALLOW = 4
@@ -38,7 +38,7 @@ class Tower:
 
 def image_tower(owner: Any) -> Tower:
     """A tower that encodes each picture, tile or frame as one sequence (CLIP, SigLIP, InternViT,
-    DINOv2).
+    DINOv2, timm's ViTs).
 
     Deep is the layer whose output the projector reads (of several, the last), shallow the one at a
     quarter of the depth: index 5 of the 24 layers of CLIP ViT-L.
@@ -46,16 +46,22 @@ def image_tower(owner: Any) -> Tower:
     tower, config = owner.vision_tower, owner.config
     encoder, embeddings = getattr(tower, "encoder", None), getattr(tower, "embeddings", None)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None) or ()
+    # hidden_states[0] is the embedding, so hidden_states[i] is the output of layer i - 1.
+    first = 1
+    if (inner := getattr(tower, "timm_model", None)) is not None:
+        # timm's begin with the output of the first block.
+        embeddings, layers, first = inner, getattr(inner, "blocks", ()), 0
     names = ("vision_feature_layer", "vision_feature_layers")
     chosen: Any = next((getattr(config, n) for n in names if hasattr(config, n)), -1)
     index = chosen if isinstance(chosen, int) else chosen[-1]
     ratio = getattr(config, "downsample_ratio", 1)
     return Tower(
         projector=owner.multi_modal_projector,
-        # hidden_states[0] is the embedding, so hidden_states[i] is the output of layer i - 1.
-        deep=None if index == 0 else _attention(layers, index if index < 0 else index - 1),
+        deep=None if 0 <= index < first else _attention(layers, index - first * (index >= 0)),
         shallow=_attention(layers, max(0, len(layers) // SHALLOW - 1)),
-        has_class_token=hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token"),
+        has_class_token=any(
+            getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token")
+        ),
         concatenated=round(1 / ratio) ** 2,
         vision_config=tower.config,
     )
@@ -82,5 +88,5 @@ def _attention(layers: Any, index: int) -> nn.Module | None:
     """The one module of a layer that attends, if its queries and keys can be read."""
     if not -len(layers) <= index < len(layers):
         return None
-    found = [module for module in layers[index].modules() if dispatches(module)]
+    found = [module for module in layers[index].modules() if observable(module)]
     return found[0] if len(found) == 1 else None
