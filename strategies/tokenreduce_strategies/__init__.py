@@ -193,7 +193,7 @@ def register_strategies(register: Register) -> None:
         summary="Keeps tokens distributed like all of them: greedy log-determinant.",
         kind="prune",
         cost="graph",
-        parity="description",
+        parity="official",
         paper="2602.20205",
     )
     register(
@@ -203,7 +203,7 @@ def register_strategies(register: Register) -> None:
         kind="prune",
         cost="neighbor",
         needs=("class_attention",),
-        parity="description",
+        parity="official",
         paper="2510.02912",
     )
     register(
@@ -213,7 +213,7 @@ def register_strategies(register: Register) -> None:
         kind="prune",
         cost="coverage",
         needs=("prompt_embeddings",),
-        parity="description",
+        parity="official",
         paper="2508.18264",
     )
     register(
@@ -224,7 +224,7 @@ def register_strategies(register: Register) -> None:
         cost="neighbor",
         needs=("class_attention", "shallow_class_attention"),
         needs_grid=True,
-        parity="description",
+        parity="official",
         paper="2505.22654",
     )
     register(

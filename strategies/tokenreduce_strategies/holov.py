@@ -16,8 +16,9 @@ Shapes: features ``(B, N, D)``, class attention ``(B, N)`` -> kept ``(B, k, D)``
 O(N^2 D / ``regions``) for the cosines; no N x N matrix unless there is one region only.
 
 Deviations from the official code: outputs stand in source order; where a run has fewer tokens than
-its share, other runs get the rest (the official code pads with zeros). Written from its
-description; not compared on recorded cases.
+its share, other runs get the rest. The official code keeps fewer then, and pads with zeros, which
+are left out; it does not scale the attention of runs of one token (``official=True`` for both).
+Tokens equal those of the official code on recorded cases.
 
 Published: LLaVA-1.5-7B with 128 tokens, 97.4 percent of the full model (table of the ProViP paper).
 
@@ -39,10 +40,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce.ops import top_k_indices, unit_vectors
-from tokenreduce.reducer import Selector
+from tokenreduce.reducer import Reducer
+from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
+from tokenreduce_strategies.remainders import common_count
 
 #: Most tokens of a region, whose Gram matrix is held: 16384 need 1 GiB.
 GRAM_LIMIT = 16384
@@ -51,24 +55,31 @@ ATTENTION_SCALE, VARIETY_SHARE = 1000.0, 0.09
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoloV(Selector):
+class HoloV(Reducer):
     """Keeps the most attended tokens of each region.
 
     Args:
         regions: how many runs of consecutive tokens, at least 1.
+        official: share the budget as the official code does, and so keep fewer tokens than that
+            where a run has fewer than its share.
 
     Raises:
         PipelineError: if an option is out of range.
     """
 
     regions: int = 16
+    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.regions < 1:
             raise PipelineError(f"{self.name}: regions={self.regions} must be at least 1.")
 
-    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+    @property
+    def count_class(self) -> CountClass:
+        return "adaptive" if self.official else "exact"
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
         attention = tokens.signal("class_attention").detach().float()
         count = min(self.regions, tokens.count)
         unit = unit_vectors(tokens.features.detach())
@@ -78,15 +89,21 @@ class HoloV(Selector):
                 f"{self.name} compares all tokens of a region; {longest} tokens are more than "
                 f"{GRAM_LIMIT}. Raise regions={self.regions}."
             )
-        worth = torch.stack([run_score(*run) for run in runs], dim=1)
         room = [run.shape[1] for run, _ in runs]
+        worth = torch.stack([run_score(*run) for run in runs], dim=1)
+        if self.official:
+            worth[:, torch.tensor(room) == 1] /= ATTENTION_SCALE
+        k = self.count(tokens.count)
+        share = official_quotas if self.official else quotas
+        shares = [share(weights, room, k) for weights in worth.tolist()]
+        common_count(torch.tensor([sum(own) for own in shares]), strategy=self.name)
         kept = []
-        for item, weights in zip(attention.log(), worth.tolist(), strict=True):
-            parts = zip(item.tensor_split(count), quotas(weights, room, k), strict=True)
+        for item, own in zip(attention.log(), shares, strict=True):
+            parts = zip(item.tensor_split(count), own, strict=True)
             chosen = [top_k_indices(part, quota) for part, quota in parts]
             starts = [sum(room[:run]) for run in range(count)]
             kept.append(torch.cat([c + start for c, start in zip(chosen, starts, strict=True)]))
-        return torch.stack(kept)
+        return Reduction.from_kept(tokens, torch.stack(kept))
 
 
 def run_score(unit: Tensor, attention: Tensor) -> Tensor:
@@ -103,13 +120,25 @@ def run_score(unit: Tensor, attention: Tensor) -> Tensor:
 
 def quotas(weights: list[float], room: list[int], k: int) -> list[int]:
     """How many of ``k`` tokens each run keeps; step 3."""
-    whole = sum(weights)
-    even = not 0 < whole < float("inf")
-    shares = [1 / len(room) if even else weight / whole for weight in weights]
-    quota = [min(int(k * share), most) for share, most in zip(shares, room, strict=True)]
+    quota = [min(own, most) for own, most in zip(_whole_shares(weights, k), room, strict=True)]
     by_weight = sorted(range(len(room)), key=lambda run: (-weights[run], run))
     while sum(quota) < k:
         for run in by_weight:
             if quota[run] < room[run] and sum(quota) < k:
                 quota[run] += 1
     return quota
+
+
+def official_quotas(weights: list[float], room: list[int], k: int) -> list[int]:
+    """The same, with what a run has no tokens for lost."""
+    quota = _whole_shares(weights, k)
+    by_weight = sorted(range(len(room)), key=lambda run: (-weights[run], run))
+    for run in by_weight[: k - sum(quota)]:
+        quota[run] += 1
+    return [min(own, most) for own, most in zip(quota, room, strict=True)]
+
+
+def _whole_shares(weights: list[float], k: int) -> list[int]:
+    whole = sum(weights)
+    even = not 0 < whole < float("inf")
+    return [int(k * (1 / len(weights) if even else weight / whole)) for weight in weights]

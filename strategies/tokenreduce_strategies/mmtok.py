@@ -17,8 +17,8 @@ N x N matrix is held: O(N^2 D) once, and O(N D) for each evaluation.
 
 Deviations from the official code: it evaluates every token for every pick, which finds the same
 ones. The v_i are the tokens themselves by default; the official code takes the encoder's output
-before the projector (``image="vision_features"``). Ties go to the lowest index. Written from its
-description; not compared on recorded cases.
+before the projector (``image="vision_features"``). Ties go to the lowest index. Tokens equal those
+of the official code on recorded cases.
 
 Published, LLaVA-1.5-7B in percent of the full model with 192 / 128 / 64 tokens: 98.7 / 97.8 / 96.6
 (its table).

@@ -14,7 +14,7 @@ for G or X^T X, whichever is smaller, O(k N min(N, D)) for the picked rows of th
 for the updates, O(k N) memory.
 
 Deviations from the official code: it squares G, at O(N^3); its retries after failed steps are not
-needed; ties go to the lowest index. Written from its description; not compared on recorded cases.
+needed; ties go to the lowest index. Tokens equal those of the official code on recorded cases.
 
 ```bibtex
 @inproceedings{chen2026otprune,

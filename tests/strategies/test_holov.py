@@ -94,3 +94,25 @@ def test_refuses_what_does_not_fit(monkeypatch):
 def test_options():
     with pytest.raises(PipelineError, match="regions"):
         HoloV(regions=0)
+
+
+def test_official_loses_what_full_regions_cannot_hold():
+    attention = torch.full((1, 12), 1e-6)
+    attention[0, :3] = 0.3
+    tokens = VisualTokens.from_grid(
+        torch.randn(1, 12, 4), (3, 4), signals={"class_attention": attention}
+    )
+    reduction = HoloV(keep=7, regions=4, official=True)(tokens)
+    # The first region deserves nearly all seven and has three.
+    assert reduction.positions[0].tolist()[:3] == [0, 1, 2]
+    assert reduction.kept < 7
+
+
+def test_official_does_not_scale_regions_of_one_token():
+    attention = torch.tensor([[0.01, 0.01, 0.9, 0.02]])
+    tokens = VisualTokens.from_grid(
+        torch.randn(1, 4, 4), (2, 2), signals={"class_attention": attention}
+    )
+    # Runs of two, one and one tokens.
+    assert HoloV(keep=1, regions=3)(tokens).positions.tolist() == [[2]]
+    assert HoloV(keep=1, regions=3, official=True)(tokens).positions.tolist() == [[0]]

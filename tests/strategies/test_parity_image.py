@@ -11,6 +11,9 @@ from tokenreduce_strategies.fastervlm import FasterVLM
 from tokenreduce_strategies.folder import Folder, fold
 from tokenreduce_strategies.gprune import GPrune
 from tokenreduce_strategies.hired import HiRED
+from tokenreduce_strategies.holov import HoloV
+from tokenreduce_strategies.mmtok import MMTok
+from tokenreduce_strategies.otprune import OTPrune
 from tokenreduce_strategies.prumerge import PruMerge, neighbour_edges
 from tokenreduce_strategies.prumerge_plus import PruMergePlus
 from tokenreduce_strategies.prunesid import PruneSID, component_groups
@@ -18,6 +21,7 @@ from tokenreduce_strategies.scope import Scope
 from tokenreduce_strategies.trim import Trim, prompt_logits
 from tokenreduce_strategies.visionzip import zip_tokens
 from tokenreduce_strategies.vispruner import VisPruner
+from tokenreduce_strategies.vscan import VScan
 
 
 def row_of(features, **signals):
@@ -268,3 +272,53 @@ def test_dymu(parity_case, case):
         lengths = (torch.stack(sizes) > 0).sum(1)
         padding = torch.arange(longest) >= lengths[:, None]
         case.check(lengths=lengths, padding_mask=padding)
+
+
+@pytest.mark.parametrize("case", ["n195_k60_l3", "n256_k32", "n81_k40_alpha1"])
+def test_mmtok(parity_case, case):
+    case = parity_case(f"mmtok/{case}")
+    given = case.parameters
+    tokens = row_of(
+        case.inputs["features"][None],
+        prompt_embeddings=case.inputs["text_embeds"][None],
+        vision_features=case.inputs["image_embeds"][None],
+    )
+    strategy = MMTok(
+        keep=given["keep"],
+        alpha=given["alpha"],
+        text_temperature=given["tv_temp"],
+        image_temperature=given["vv_temp"],
+        image="vision_features",
+    )
+    case.check(kept_indices_sorted=strategy(tokens).positions[0])
+
+
+@pytest.mark.parametrize("case", ["b2_n196_k40", "n100_k80_padded", "n250_k64_p7"])
+def test_holov(parity_case, case):
+    case = parity_case(f"holov/{case}")
+    tokens = row_of(case.inputs["features"], class_attention=case.inputs["cls_attention"])
+    keep = case.parameters["keep"]
+    strategy = HoloV(keep=keep, regions=case.parameters["num_patches"], official=True)
+    kept = strategy(tokens).positions
+    # The official code pads with rows of zeros.
+    padding = kept.new_full((kept.shape[0], keep - kept.shape[1]), -1)
+    case.check(kept_indices_sorted=torch.cat([padding, kept], dim=1))
+
+
+@pytest.mark.parametrize("case", ["n195_k97", "n256_k32", "n60_k50_wide"])
+def test_otprune(parity_case, case):
+    case = parity_case(f"otprune/{case}")
+    strategy = OTPrune(**case.parameters)
+    case.check(kept_indices_sorted=strategy(row_of(case.inputs["features"][None])).positions[0])
+
+
+@pytest.mark.parametrize("case", ["b2_n576_k129", "n576_k33", "n576_k72"])
+def test_vscan(parity_case, case):
+    case = parity_case(f"vscan/{case}")
+    signals = {
+        "class_attention": case.inputs["cls_attention_deep"].mean(1),
+        "shallow_class_attention": case.inputs["cls_attention_shallow"].mean(1),
+    }
+    tokens = VisualTokens.from_grid(case.inputs["features"], (24, 24), signals=signals)
+    reduction = VScan(keep=case.parameters["keep"], official=True)(tokens)
+    case.check(kept_indices_sorted=reduction.positions, merged_features=reduction.features)
