@@ -110,17 +110,16 @@ class DART(Reducer):
     def shares(self, tokens: int, own: int, pivots: int) -> list[int]:
         """Step 2: what each of ``pivots`` adds, ``own`` of which are visual tokens."""
         if self.official:
-            share = int(tokens * stated_ratio(self, tokens) / pivots)
-            return [min(share, (tokens - own) // pivots)] * pivots
+            whole = self.keep or tokens * stated_ratio(self, tokens)
+            return [min(int(whole // pivots), (tokens - own) // pivots)] * pivots
         each, left = divmod(self.count(tokens) - own, pivots)
         return [each + (turn < left) for turn in range(pivots)]
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         states = tokens.features.detach()
         words, prompt_keys = tokens.signal("prompt_states"), tokens.signal("prompt_keys")
-        own = largest_keys(
-            tokens.signal("decoder_keys").detach(), min(self.pivots, self.count(tokens.count))
-        )
+        most = tokens.count if self.official else self.count(tokens.count)
+        own = largest_keys(tokens.signal("decoder_keys").detach(), min(self.pivots, most))
         said = largest_keys(prompt_keys.detach(), min(self.pivots, words.shape[1]))
         pivots = torch.cat(
             [

@@ -130,8 +130,9 @@ class HiRED(Reducer):
         look = top_k_indices(shallow[thumbnail.to(shallow.device)], int((1 - self.alpha) * n)).cpu()
         hits = torch.bincount(seen[look], minlength=len(tiles)).tolist()
         if self.official:
-            total = max(1, sum(hits))
-            return [own, *(min((k - own) * h // total, r) for h, r in zip(hits, room, strict=True))]
+            # In its float32 arithmetic, where a whole number may come out as just less.
+            part = torch.tensor(hits, dtype=torch.float32) / max(1, sum(hits)) * (k - own)
+            return [own, *(min(int(p), r) for p, r in zip(part.tolist(), room, strict=True))]
         own = max(own, k - sum(room))
         return [own, *_apportion(k - own, hits, room)]
 

@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
-from tokenreduce.errors import PipelineError
+from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.frames import previous_cosine
 from tokenreduce.ops.quotas import apportion, kept_indices, top_mask
@@ -153,6 +153,11 @@ class HoliTom(Reducer):
             ratio = stated_ratio(self, n)
             kept = [round(int(size) * ratio) for size in sets[: len(spans)]]
             kept += [ceil(int(size) * ratio) for size in sets[len(spans) :]]
+            if not any(kept):
+                raise TokensError(
+                    f"{self.name}: of {n} tokens, the official code keeps none on this budget "
+                    f"({self.budget}). Use official=False."
+                )
             counts = torch.tensor(kept, device=clip.device)
         else:
             spare = (sets - 1).clamp(min=0).float()

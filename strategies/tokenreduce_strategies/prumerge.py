@@ -19,9 +19,9 @@ Cost: O(m N C) for the similarities, O(m ``neighbours`` D) for the sums; memory 
 Deviations from the official code: it reduces the encoder's output before the projector, here
 projected features are merged; its attention is that of the layer's heads joined into one, here it
 is the mean over heads, as the signal has it; a budget counts the extra output of step 4. With
-``official=True`` it does not (k + 1 outputs), a share of the tokens rounds down, and outliers are
-counted over the whole batch. Tokens and features equal those of the official code on recorded
-cases.
+``official=True`` it does not (k + 1 outputs), a share of the tokens rounds down, to none where it
+is less than one token, and outliers are counted over the whole batch. Tokens and features equal
+those of the official code on recorded cases.
 
 Published: LLaVA-1.5-7B with 64 tokens, 86.3 percent of the full model (table of the ProViP paper).
 
@@ -49,10 +49,10 @@ from tokenreduce.ops import MergeWeights, gather_tokens, top_k_indices, unit_vec
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
+from tokenreduce_strategies.official import stated_ratio
 from tokenreduce_strategies.remainders import (
     common_count,
     keep_with_remainder,
-    official_count,
     outlier_share,
     remainder_edges,
 )
@@ -133,7 +133,7 @@ class PruMerge(Reducer):
         n = attention.shape[1]
         if self.official:
             share = float(outlier_share(attention.reshape(1, -1)))
-            return self.choose_freely(attention, share, max(1, int(n * share)))
+            return self.choose_freely(attention, share, int(n * share))
         counts = (outlier_share(attention) * n).round().long().clamp(min=1)
         count = common_count(counts, strategy=self.name)
         return self.choose_freely(attention, count / n, count)
@@ -148,4 +148,6 @@ class PruMerge(Reducer):
 
     def _places(self, n: int) -> int:
         """How many tokens a budget keeps beside the one that stands for the rest."""
-        return min(official_count(self, n), n - 1) if self.official else self.count(n) - 1
+        if not self.official:
+            return self.count(n) - 1
+        return min(int(stated_ratio(self, n) * n) if self.keep is None else self.keep, n - 1)

@@ -130,10 +130,9 @@ class VisionZip(Reducer):
         return "layout" if self.official else "exact"
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        k = self.count(tokens.count)
-        if self.official:
-            k = max(1, k - 1)
-        contextual = min(int(self.contextual * k + 0.5), k - 1)
+        budget = self.count(tokens.count)
+        k = max(1, budget - 1) if self.official else budget
+        contextual = min(int(self.contextual * budget + 0.5), k - 1)
         keys = tokens.signal("keys").detach()
         if keys.shape[2] % self.key_heads:
             raise TokensError(

@@ -38,6 +38,17 @@ def test_oracle(k, words):
     assert DART(keep=k)(tokens).positions.tolist() == [slow(*item, k, 4) for item in items]
 
 
+def test_official_shares_do_not_shrink_the_pivots():
+    draw = torch.Generator().manual_seed(0)
+    x, keys = torch.randn(1, 40, 8, generator=draw), torch.randn(1, 40, 6, generator=draw)
+    signals = {"decoder_keys": keys, "prompt_states": x[:, :9], "prompt_keys": keys[:, :9]}
+    tokens = VisualTokens.from_grid(x, (5, 8), signals=signals)
+    # A budget below the four visual pivots, and one of whole shares of 8 pivots beside them.
+    assert DART(keep_ratio=0.05, official=True)(tokens).kept == 4
+    assert DART(keep=16, official=True)(tokens).kept == 20
+    assert DART(keep=16)(tokens).kept == 16
+
+
 def test_options():
     with pytest.raises(PipelineError, match="pivots"):
         DART(pivots=0)

@@ -98,6 +98,17 @@ def test_official_rounding_loses_tokens():
     assert HiRED(keep=41, official=True).count_class == "adaptive"
 
 
+def test_official_shares_are_those_of_its_float32():
+    n, alpha = 64, 1 - 12 / 64
+    shallow = torch.zeros(n)
+    shallow[:7] = shallow[n // 2 : n // 2 + 5] = 1
+    thumbnail = torch.arange(n)
+    tiles = [thumbnail + n, thumbnail + 2 * n]
+    strategy = HiRED(keep=n + 108, alpha=alpha, official=True)
+    # 7 of the 12 hits deserve 63 of 108 tokens, 62.999996 in float32.
+    assert strategy.shares(shallow, n + 108, thumbnail, tiles, thumbnail // 32) == [n, 62, 45]
+
+
 def test_tiles_must_fit_the_grid():
     with pytest.raises(TokensError, match="6 tiles"):
         HiRED(keep=9, grid=(2, 2))(tiled(0, 3, 2, 3))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from support.clips import clips, structured_clip
 from support.clouds import quick
-from tokenreduce.errors import PipelineError
+from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.frames import previous_cosine
 from tokenreduce_strategies.holitom import HoliTom, static_windows
@@ -110,6 +110,13 @@ def test_moving_tokens_are_ranked_by_attention():
     kept = HoliTom(keep=9)(clip.tokens(class_attention=attention)).positions[0]
     best = attention[0].topk(3, dim=1).indices.sort(dim=1).values
     assert kept.tolist() == (best + torch.tensor([[0], [9], [18]])).flatten().tolist()
+
+
+def test_official_counts_may_keep_nothing():
+    still = structured_clip(1, (6, 2, 2), 8)
+    still = still._replace(features=still.features[:, :1].expand(1, 6, 4, 8))
+    with pytest.raises(TokensError, match="keeps none"):
+        HoliTom(keep_ratio=0.1, official=True)(still.tokens(class_attention=torch.rand(1, 6, 4)))
 
 
 def test_options():

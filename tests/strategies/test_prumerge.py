@@ -102,6 +102,18 @@ def test_items_that_differ_go_one_by_one():
     assert PruMerge(official=True)(tokens).positions.shape[0] == 3
 
 
+def test_official_keeps_the_rest_alone_where_nothing_stands_out():
+    tokens = tokens_of(torch.randn(1, 30, 4), 0)
+    flat = torch.full((1, 30), 1 / 30)
+    signals = {"class_attention": flat, "keys": tokens.signal("keys")}
+    tokens = VisualTokens(tokens.features, tokens.layout, signals=signals)
+    for reducer in (PruMerge(official=True), PruMerge(official=True, keep_ratio=0.02)):
+        reduction = reducer(tokens)
+        assert reduction.positions.tolist() == [[29]]
+        torch.testing.assert_close(reduction.features[:, 0], tokens.features.mean(1))
+    assert PruMerge()(tokens).kept == 2
+
+
 def test_official_budgets_have_one_more():
     tokens = tokens_of(torch.randn(1, 196, 8), 0)
     assert PruMerge(keep_ratio=0.125, official=True)(tokens).kept == 25

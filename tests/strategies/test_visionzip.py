@@ -71,6 +71,10 @@ def test_official_counts_the_class_token():
     tokens = tokens_of(torch.randn(1, 576, 8, generator=generator), generator)
     assert VisionZip(keep=64, official=True)(tokens).kept == 63
     assert VisionZip(keep=64, official=True).count_class == "layout"
+    # The share is of the whole budget: 40 dominant and 8 contextual tokens of 48, less one.
+    forty_eight = VisionZip(keep=48, official=True)(tokens)
+    alone = VisionZip(keep=47, contextual=8 / 47)(tokens)
+    assert forty_eight.positions.equal(alone.positions)
     assert VisionZip(keep=64).count_class == "exact"
 
 
