@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
-from tokenreduce.capabilities import SITES, Site, StrategyRecord
+from tokenreduce.capabilities import SITES, STAGE_KEYS, Site, StrategyRecord
 from tokenreduce.errors import PipelineError, RegistrationError, UnsupportedSite, did_you_mean
 from tokenreduce.plugins import installed
 
@@ -64,21 +64,27 @@ def strategy_class(name: str) -> type[Reducer]:
     return found
 
 
-def create_strategy(name: str, **options: Any) -> Reducer:
+def create_strategy(name: str, *, preset: str = "", **options: Any) -> Reducer:
     """Create a strategy by name.
 
     Args:
         name: a registered name.
+        preset: the name of one of its presets, whose options hold where none is given here. Where
+            a preset says more (a layer of the LLM, a schedule), that belongs to a stage:
+            ``load_pipeline("fastv@official-k2-r50")`` has it.
         options: the budget (``keep``, ``keep_ratio`` or ``reduction``) and the strategy's fields.
 
     Raises:
-        UnknownName: if nothing registered the name.
+        UnknownName: if nothing registered the name, or the strategy has no such preset.
         PipelineError: if the strategy has no such option, or a required one is missing.
         BudgetError: if the budget is contradictory or out of range.
         MissingExtra: if the strategy needs a package that is not installed.
         RegistrationError: if the registered target is not a reducer, or fails to import.
     """
     strategy = strategy_class(name)
+    if preset:
+        whole = strategy_info(name).preset(preset, options)
+        options = {key: whole[key] for key in whole if key in options or key not in STAGE_KEYS}
     fields = [field for field in dataclasses.fields(strategy) if field.init]
     known = [field.name for field in fields]
     for option in options:

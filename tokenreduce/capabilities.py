@@ -1,9 +1,10 @@
 """What a strategy can do, as data: read when it is registered, without importing its code."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from tokenreduce.errors import RegistrationError
+from tokenreduce.errors import RegistrationError, UnknownName, did_you_mean
 
 Site = Literal["frames", "vision", "projector", "decoder"]
 Kind = Literal["prune", "merge"]
@@ -51,6 +52,12 @@ COST_LIMIT: dict[str, float] = {
 }
 
 
+#: What a stage says beside its strategy and that one's options.
+STAGE_KEYS = ("site", "total", "layer", "schedule", "flops", "prefill_ms")
+_BUDGETS = ("keep", "keep_ratio", "reduction", "total", "schedule", "flops", "prefill_ms")
+_DEPTHS = ("layer", "schedule")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrategyRecord:
     """The registration record of a strategy.
@@ -73,6 +80,8 @@ class StrategyRecord:
             from a published description; ``"none"``: there is no official code.
         paper: arXiv identifier, or an empty string.
         extra: the optional dependency group that it needs, or an empty string.
+        presets: parameterizations that go by a name: options of the strategy, and keys of its
+            stage, as a pipeline would give them.
         distribution: the distribution that registered it; filled in by the loader.
     """
 
@@ -91,43 +100,81 @@ class StrategyRecord:
     parity: Parity = "none"
     paper: str = ""
     extra: str = ""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     distribution: str = ""
 
     def __post_init__(self) -> None:
-        for field, allowed in (
+        for name, allowed in (
             ("kind", get_args(Kind)),
             ("count", get_args(CountClass)),
             ("cost", get_args(CostClass)),
             ("parity", get_args(Parity)),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if value not in allowed:
                 raise RegistrationError(
-                    f"strategy {self.name!r}: {field}={value!r} is not one of {', '.join(allowed)}."
+                    f"strategy {self.name!r}: {name}={value!r} is not one of {', '.join(allowed)}."
                 )
-        for field, kind in (
-            *((name, str) for name in ("summary", "paper", "extra")),
-            *((name, bool) for name in ("needs_grid", "needs_weights", "wraps")),
+        for name, kind in (
+            *((text, str) for text in ("summary", "paper", "extra")),
+            *((flag, bool) for flag in ("needs_grid", "needs_weights", "wraps")),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if not isinstance(value, kind):
                 raise RegistrationError(
-                    f"strategy {self.name!r}: {field} must be a {kind.__name__}, got {value!r}."
+                    f"strategy {self.name!r}: {name} must be a {kind.__name__}, got {value!r}."
                 )
-        for field in ("sites", "needs", "uses"):
-            value = getattr(self, field)
+        for name in ("sites", "needs", "uses"):
+            value = getattr(self, name)
             if (
                 isinstance(value, str)
                 or not isinstance(value, tuple | list)
                 or not all(isinstance(item, str) for item in value)
             ):
                 raise RegistrationError(
-                    f"strategy {self.name!r}: {field} must be a tuple of names, got {value!r}."
+                    f"strategy {self.name!r}: {name} must be a tuple of names, got {value!r}."
                 )
-            object.__setattr__(self, field, tuple(value))
+            object.__setattr__(self, name, tuple(value))
         unknown = set(self.sites) - set(SITES)
         if unknown or not self.sites:
             raise RegistrationError(
                 f"strategy {self.name!r}: sites {sorted(unknown) or '()'} unknown. "
                 f"A site is one of {', '.join(SITES)}."
             )
+        self._check_presets()
+
+    def _check_presets(self) -> None:
+        if not isinstance(self.presets, Mapping) or not all(
+            isinstance(name, str)
+            and isinstance(options, Mapping)
+            and all(isinstance(key, str) for key in options)
+            for name, options in self.presets.items()
+        ):
+            raise RegistrationError(
+                f"strategy {self.name!r}: presets must map names to options, as in "
+                f"{{'official-64': {{'keep': 64}}}}, got {self.presets!r}."
+            )
+        object.__setattr__(self, "presets", {n: dict(own) for n, own in self.presets.items()})
+
+    def preset(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a preset with those that the user gave in their place.
+
+        A budget that is given replaces that of the preset, however either is stated; so does a
+        layer or a schedule.
+
+        Args:
+            name: of the preset.
+            given: options of the strategy and keys of its stage.
+
+        Raises:
+            UnknownName: if the strategy has no such preset.
+        """
+        if name not in self.presets:
+            raise UnknownName(
+                f"strategy {self.name!r} has no preset {name!r}. {did_you_mean(name, self.presets)}"
+            )
+        options = dict(self.presets[name])
+        for group in (_BUDGETS, _DEPTHS):
+            if any(given.get(key) is not None for key in group):
+                options = {key: value for key, value in options.items() if key not in group}
+        return options | dict(given)

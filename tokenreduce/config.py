@@ -2,8 +2,8 @@
 
 A file is parsed in two steps, so that built-in and third-party strategies are checked alike:
 first the keys that belong to the framework (``vars``, ``model``, ``reduce``, and in each stage
-``strategy``, ``site``, ``layer``, ``schedule``, ``total``, ``flops``, ``prefill_ms`` and the
-budget), then the rest of each stage against the fields of the strategy's dataclass.
+``strategy``, ``preset``, ``site``, ``layer``, ``schedule``, ``total``, ``flops``, ``prefill_ms``
+and the budget), then the rest of each stage against the fields of the strategy's dataclass.
 
 Interpolation refers to other values of the file (``${vars.ratio}``). Resolvers, which could read
 the environment or run code, are refused.
@@ -26,15 +26,15 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenreduce.api import strategy_class
+from tokenreduce.api import strategy_class, strategy_info
 from tokenreduce.budget import COSTS
+from tokenreduce.capabilities import STAGE_KEYS
 from tokenreduce.errors import PipelineError, TokenReduceError, did_you_mean
 from tokenreduce.pipeline import PIPELINE_FILE, ModelSettings, Pipeline
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.stage import Stage
 
-_STAGE_KEYS = ("site", "total", "layer", "schedule", "flops", "prefill_ms")
 _FRACTION = re.compile(r"\d+/0*[1-9]\d*")
 
 
@@ -54,7 +54,8 @@ def load_pipeline(
 
     Args:
         source: a YAML file, a folder that a built pipeline was saved to, the name of a registered
-            preset, or a mapping of the same structure.
+            preset, a strategy's preset (``"visionzip@official-64"``), or a mapping of the same
+            structure.
         overrides: ``"key.path=value"`` items that replace or add values, as in
             ``"reduce.0.reduction=8"`` or ``"model.dtype=float32"``; values are YAML, and ``null``
             takes a value back.
@@ -179,6 +180,10 @@ def _read(source: object) -> tuple[str, DictConfig | ListConfig]:
                 f"{presets[source].distribution or presets[source].target!r}."
             )
         return f"preset {source!r}", _create(f"preset {source!r}", preset)
+    strategy, at, preset = str(source).partition("@")
+    if not is_file and at and strategy in installed().strategies:
+        entry = {"strategy": strategy, "preset": preset}
+        return f"preset {source!r}", _create(f"preset {source!r}", {"reduce": [entry]})
     if not is_file:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [str(folder / found.name) for found in folder.glob("*.y*ml")]
@@ -264,12 +269,13 @@ def _model(data: dict[str, Any], place: _Place) -> ModelSettings:
 
 def _stage(data: object, place: _Place) -> Stage:
     own: dict[str, Any] = {}
+    data = _with_preset(data, place)
     if isinstance(data, dict):
-        own = {key: data[key] for key in _STAGE_KEYS if data.get(key) is not None}
+        own = {key: data[key] for key in STAGE_KEYS if data.get(key) is not None}
         if isinstance(own.get("schedule"), dict):
             own["schedule"] = {n: _budget_value(share) for n, share in own["schedule"].items()}
-        data = {key: value for key, value in data.items() if key not in _STAGE_KEYS}
-    reducer = _reducer(data, place, own_keys=_STAGE_KEYS)
+        data = {key: value for key, value in data.items() if key not in STAGE_KEYS}
+    reducer = _reducer(data, place, own_keys=STAGE_KEYS)
     with _located(place):
         stage = Stage(reducer=reducer, **own)
         stage.require_budget()
@@ -277,6 +283,7 @@ def _stage(data: object, place: _Place) -> Stage:
 
 
 def _reducer(data: object, place: _Place, *, own_keys: Sequence[str] = ()) -> Reducer:
+    data = _with_preset(data, place)
     if not isinstance(data, dict):
         raise PipelineError(
             f"{place}: must be a mapping like {{strategy: NAME, reduction: 16}}, got {data!r}."
@@ -288,7 +295,7 @@ def _reducer(data: object, place: _Place, *, own_keys: Sequence[str] = ()) -> Re
         strategy = strategy_class(name)
     fields = [f for f in dataclasses.fields(strategy) if f.init]
     options = {key: value for key, value in data.items() if key != "strategy"}
-    for key in _STAGE_KEYS:
+    for key in STAGE_KEYS:
         if key in options and key not in own_keys:
             raise PipelineError(
                 f"{place / key}: belongs to the stage, not to a strategy inside a wrapper."
@@ -296,7 +303,7 @@ def _reducer(data: object, place: _Place, *, own_keys: Sequence[str] = ()) -> Re
     _refuse_unknown(
         place,
         options,
-        ["strategy", *own_keys, *(f.name for f in fields)],
+        ["strategy", "preset", *own_keys, *(f.name for f in fields)],
         f"unknown key of strategy {name!r}",
     )
     hints = _hints(strategy)
@@ -318,6 +325,20 @@ def _nested(value: object, place: _Place) -> Reducer | tuple[Reducer, ...]:
     if isinstance(value, list):
         return tuple(_reducer(part, place / i) for i, part in enumerate(value))
     return _reducer(value, place)
+
+
+def _with_preset(data: object, place: _Place) -> object:
+    """A stage or an inner strategy with the options of its preset written out."""
+    if not isinstance(data, dict) or "preset" not in data:
+        return data
+    given = {key: value for key, value in data.items() if key != "preset"}
+    name, preset = given.get("strategy"), data["preset"]
+    if preset is None or not isinstance(name, str):
+        return given
+    if not isinstance(preset, str):
+        raise PipelineError(f"{place / 'preset'}: must be the name of a preset, got {preset!r}.")
+    with _located(place / "preset"):
+        return strategy_info(name).preset(preset, given)
 
 
 def _budget_value(value: object) -> object:

@@ -1,6 +1,13 @@
 """The built-in strategies, one file each."""
 
+from typing import Any
+
 from tokenreduce.hookspecs import Register, hookimpl
+
+
+def _official(*counts: int, **options: Any) -> dict[str, dict[str, Any]]:
+    """Presets of the counts that the authors report, with their options."""
+    return {f"official-{count}": {"keep": count, **options} for count in counts}
 
 
 @hookimpl
@@ -66,6 +73,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention", "keys"),
         parity="official",
         paper="2412.04467",
+        presets=_official(64, 128, 192, official=True),
     )
     register(
         "cdpruner",
@@ -76,6 +84,7 @@ def register_strategies(register: Register) -> None:
         needs=("joint_image_embeddings", "joint_text_embeddings"),
         parity="official",
         paper="2506.10967",
+        presets=_official(32, 64, 128, official=True),
     )
     register(
         "scope",
@@ -96,6 +105,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention",),
         parity="official",
         paper="2412.01818",
+        presets=_official(32, 64, 128, important=0.5, official=True),
     )
     register(
         "prumerge",
@@ -107,6 +117,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention", "keys"),
         parity="official",
         paper="2403.15388",
+        presets={"official": {"official": True}},
     )
     register(
         "prumerge-plus",
@@ -118,6 +129,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention", "keys"),
         parity="official",
         paper="2403.15388",
+        presets={"official": {"official": True}},
     )
     register(
         "trim",
@@ -129,6 +141,7 @@ def register_strategies(register: Register) -> None:
         needs=("joint_image_embeddings", "joint_text_embeddings"),
         parity="official",
         paper="2409.10994",
+        presets={"official": {"official": True}},
     )
     register(
         "hired",
@@ -139,6 +152,14 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention",),
         parity="official",
         paper="2408.10945",
+        presets={
+            "official-0.2": {
+                "keep_ratio": 0.2,
+                "alpha": 0.5,
+                "shallow": "shallow_class_attention",
+                "official": True,
+            }
+        },
     )
     register(
         "gprune",
@@ -157,6 +178,7 @@ def register_strategies(register: Register) -> None:
         cost="bipartite",
         parity="official",
         paper="2501.02430",
+        presets={"official-0.5": {"keep_ratio": 0.5, "official": True}},
     )
     register(
         "prunesid",
@@ -167,6 +189,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention",),
         parity="official",
         paper="2603.09480",
+        presets=_official(64, 128, 192, official=True),
     )
     register(
         "mmr",
@@ -195,6 +218,7 @@ def register_strategies(register: Register) -> None:
         cost="graph",
         parity="official",
         paper="2602.20205",
+        presets={"official-0.098": {"keep_ratio": 0.098}},
     )
     register(
         "holov",
@@ -205,6 +229,7 @@ def register_strategies(register: Register) -> None:
         needs=("class_attention",),
         parity="official",
         paper="2510.02912",
+        presets=_official(64, regions=16, official=True),
     )
     register(
         "mmtok",
@@ -215,6 +240,7 @@ def register_strategies(register: Register) -> None:
         needs=("prompt_embeddings",),
         parity="official",
         paper="2508.18264",
+        presets=_official(64, 128, 192, image="vision_features", text_temperature=0.02),
     )
     register(
         "vscan",
@@ -226,6 +252,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2505.22654",
+        presets=_official(96, windows=4, official=True),
     )
     register(
         "rank-fusion",
@@ -311,6 +338,10 @@ def register_strategies(register: Register) -> None:
         needs=("last_token_attention",),
         parity="description",
         paper="2403.06764",
+        presets={
+            f"official-k{layer}-r50": {"site": "decoder", "layer": layer, "keep_ratio": 0.5}
+            for layer in (2, 3)
+        },
     )
     register(
         "pyramiddrop",
@@ -322,6 +353,9 @@ def register_strategies(register: Register) -> None:
         needs=("last_token_attention",),
         parity="description",
         paper="2410.17247",
+        presets={
+            "official": {"site": "decoder", "schedule": {8: 0.5, 16: 0.25, 24: 0.125}},
+        },
     )
     register(
         "sparsevlm",
@@ -333,6 +367,16 @@ def register_strategies(register: Register) -> None:
         needs=("prompt_attention", "prompt_states"),
         parity="official",
         paper="2410.04417",
+        presets={
+            f"official-{count}": {
+                "site": "decoder",
+                # What its table for each layer retains, and the clusters beside that.
+                "schedule": {
+                    layer: f"{kept}/576" for layer, kept in zip((3, 7, 16), cuts, strict=True)
+                },
+            }
+            for count, cuts in ((64, (82, 32, 18)), (128, (312, 117, 39)), (192, (309, 204, 113)))
+        },
     )
     register(
         "dart",
@@ -344,6 +388,16 @@ def register_strategies(register: Register) -> None:
         needs=("decoder_keys", "prompt_keys", "prompt_states"),
         parity="official",
         paper="2502.11494",
+        presets={
+            f"official-{count}": {
+                "site": "decoder",
+                "layer": 2,
+                "pivots": 4,
+                "keep_ratio": ratio,
+                "official": True,
+            }
+            for count, ratio in ((64, 0.111), (128, 0.222), (192, 0.333))
+        },
     )
     register(
         "feather",
@@ -378,6 +432,9 @@ def register_strategies(register: Register) -> None:
         needs=("decoder_keys",),
         parity="description",
         paper="2504.08966",
+        presets={
+            "official": {"site": "decoder", "layer": 4, "radius": 0.21, "important": 0.55},
+        },
     )
     register(
         "vtw",
@@ -469,6 +526,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2510.14624",
+        presets={"official-0.25": {"keep_ratio": 0.25, "official": True}},
     )
     register(
         "vidcom2",
@@ -479,6 +537,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2505.14454",
+        presets={"official-0.25": {"keep_ratio": 0.25, "official": True}},
     )
     register(
         "dycoke",
@@ -489,6 +548,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2411.15024",
+        presets={"official": {"official": True, "merging_ratio": 0.7}},
     )
     register(
         "aim",
@@ -499,6 +559,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2412.03248",
+        presets={"official": {"keep_ratio": 0.25, "official": True}},
     )
     register(
         "aim-prune",
@@ -510,6 +571,12 @@ def register_strategies(register: Register) -> None:
         needs=("attention_page_rank",),
         parity="official",
         paper="2412.03248",
+        presets={
+            "official": {
+                "site": "decoder",
+                "schedule": {14 + i: 1 - i / 8 for i in range(1, 9)},
+            }
+        },
     )
     register(
         "flashvid",
@@ -543,6 +610,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2507.07990",
+        presets={"official": {"official": True}},
     )
     register(
         "holitom",
@@ -554,6 +622,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="official",
         paper="2505.21334",
+        presets={"official-0.1": {"keep_ratio": 0.1, "official": True}},
     )
     register(
         "framefusion",
@@ -576,6 +645,7 @@ def register_strategies(register: Register) -> None:
         needs_grid=True,
         parity="description",
         paper="2603.27650",
+        presets={"official-0.25": {"keep_ratio": 0.25, "official": True}},
     )
     register(
         "fastvid",

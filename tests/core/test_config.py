@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from tokenreduce.api import create_strategy
 from tokenreduce.config import dump_pipeline, load_pipeline
 from tokenreduce.errors import (
     BudgetError,
@@ -87,7 +88,18 @@ class Plugin:
     @staticmethod
     @hookimpl
     def register_strategies(register: Any) -> None:
-        register("peculiar", f"{__name__}:Peculiar", summary="Peculiar.")
+        presets = {
+            "last-3": {"mode": "last", "weights": [3], "keep": 3},
+            "deep": {"site": "decoder", "layer": 2, "keep_ratio": 0.5},
+            "steps": {"site": "decoder", "schedule": {2: "1/3", 4: 0}},
+        }
+        register(
+            "peculiar",
+            f"{__name__}:Peculiar",
+            summary="Peculiar.",
+            sites=("projector", "decoder"),
+            presets=presets,
+        )
         register("needs-extra", "acme_on_gpu:X", summary="Extra.", extra="gpu")
         register("no-reducer", f"{__name__}:EightBit", summary="Wrong.")
 
@@ -223,6 +235,85 @@ def test_presets() -> None:
     assert load_pipeline("acme-fast").stages[0].reducer.reduction == 16
     assert load_pipeline("acme-fast", ["reduce.0.reduction=2"]).stages[0].reducer.reduction == 2
     assert PRESET["reduce"][0]["reduction"] == 16
+
+
+def peculiar(**given: Any) -> Stage:
+    """The only stage of a pipeline with a preset."""
+    return load_pipeline({"reduce": [{"strategy": "peculiar", **given}]}).stages[0]
+
+
+@pytest.mark.usefixtures("acme")
+def test_presets_of_a_strategy() -> None:
+    last = Peculiar(mode="last", weights=(3.0,), keep=3)
+    assert peculiar(preset="last-3").reducer == last
+    assert load_pipeline("peculiar@last-3").stages[0].reducer == last
+    assert create_strategy("peculiar", preset="last-3") == last
+    assert peculiar(preset=None, keep=3).reducer == Peculiar(keep=3)
+    wrapped = load_pipeline(
+        {
+            "reduce": [
+                {"strategy": "per-frame", "inner": {"strategy": "peculiar", "preset": "last-3"}}
+            ]
+        }
+    )
+    assert next(wrapped.stages[0].reducer.inner_reducers()) == last
+    pipeline = load_pipeline("peculiar@last-3")
+    again = load_pipeline(yaml.safe_load(dump_pipeline(pipeline)))
+    assert again.stages == pipeline.stages
+
+
+@pytest.mark.usefixtures("acme")
+def test_what_is_given_goes_before_a_preset() -> None:
+    assert peculiar(preset="last-3", mode="first").reducer.options()["mode"] == "first"
+    # A budget replaces a budget, however it is stated.
+    quarter = create_strategy("peculiar", preset="last-3", keep_ratio=0.25)
+    assert quarter == Peculiar(mode="last", weights=(3.0,), keep_ratio=0.25)
+    assert peculiar(preset="last-3", total=9).reducer.budget is None
+    assert peculiar(preset="deep", layer=3).layer == 3
+    assert peculiar(preset="deep", schedule={1: 0.5}).layer is None
+    steps = peculiar(preset="steps", layer=2, keep=4)
+    assert (steps.layer, steps.reducer.keep, steps.schedule) == (2, 4, None)
+    overridden = load_pipeline("peculiar@deep", ["reduce.0.layer=5", "model.path=x"])
+    assert overridden.stages[0].layer == 5
+
+
+@pytest.mark.usefixtures("acme")
+def test_presets_of_a_stage() -> None:
+    assert peculiar(preset="deep").layer == 2
+    assert peculiar(preset="steps").schedule == ((2, Fraction(1, 3)), (4, 0))
+    # What belongs to the stage is no business of the strategy alone.
+    assert create_strategy("peculiar", preset="deep") == Peculiar(keep_ratio=0.5)
+    with pytest.raises(PipelineError, match="no option 'layer'"):
+        create_strategy("peculiar", preset="deep", layer=3)
+
+
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("peculiar@last-33", UnknownName, r"reduce\[0\]\.preset: .*'peculiar'.*Did you mean"),
+        ("norm-topk@x", UnknownName, "no preset 'x'. Known: none"),
+        ("peculiar@", UnknownName, "no preset ''"),
+        ("paculiar@last-3", PipelineError, "no such pipeline file or preset"),
+        (
+            {"reduce": [{"strategy": "peculiar", "preset": 3}]},
+            PipelineError,
+            r"reduce\[0\]\.preset: must be the name of a preset, got 3",
+        ),
+        (
+            {
+                "reduce": [
+                    {"strategy": "per-frame", "inner": {"strategy": "peculiar", "preset": "deep"}}
+                ]
+            },
+            PipelineError,
+            r"inner\.site: belongs to the stage",
+        ),
+    ],
+)
+def test_presets_that_are_none(source: Any, error: type[TokenReduceError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_pipeline(source)
 
 
 @pytest.mark.usefixtures("acme")

@@ -105,6 +105,8 @@ BAD_RECORDS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "needs numbers": (("x", "m:C"), {"summary": "", "needs": (3,)}, "needs must be a tuple"),
     "summary as number": (("x", "m:C"), {"summary": 3}, "summary must be a str"),
     "flag as word": (("x", "m:C"), {"summary": "", "wraps": "yes"}, "wraps must be a bool"),
+    "presets as list": (("x", "m:C"), {"summary": "", "presets": ["a"]}, "presets must map"),
+    "preset as number": (("x", "m:C"), {"summary": "", "presets": {"a": 3}}, "presets must map"),
 }
 
 

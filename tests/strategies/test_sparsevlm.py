@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenreduce import VisualTokens
+from tokenreduce import VisualTokens, load_pipeline
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce_strategies.sparsevlm import SparseVLM, raters
@@ -34,13 +34,19 @@ def test_oracle(k, recycle):
     n = tokens.count
     reduction = SparseVLM(keep=k, recycle=recycle)(tokens)
     rates = raters(tokens.features, tokens.signal("prompt_states"))
-    pool = int(recycle * (n - k))
-    clusters = min(pool // 10 + 1, k - 1) if pool else 0
+    clusters, pool = 0, 0
+    if recycle and k > 1:
+        # The most that the retained ones leave room for: r tokens make r // 10 + 1 clusters.
+        for clusters in range(1, k):
+            others = n - k + clusters
+            pool = min(int(recycle * others) + 1, others)
+            if pool // 10 + 1 <= clusters:
+                break
     for b in range(2):
         score = tokens.signal("prompt_attention")[b][:, rates[b]].mean(1)
         order = score.argsort(descending=True).tolist()
         retained = sorted(order[: k - clusters])
-        again = sorted(order[k - clusters :][: int(recycle * (n - k + clusters))])
+        again = sorted(order[k - clusters :][:pool])
         expected = {i: [i] for i in retained}
         if clusters:
             peaks = density_peaks(
@@ -54,6 +60,21 @@ def test_oracle(k, recycle):
             assert (reduction.assignment[b] == m).nonzero().flatten().tolist() == members
             mean = tokens.features[b, members].mean(0)
             torch.testing.assert_close(reduction.features[b, m], mean)
+
+
+@pytest.mark.parametrize("cuts", [(300, 200, 110), (303, 110, 36), (66, 30, 17)])
+def test_presets_retain_what_the_official_code_retains(cuts):
+    # It retains fixed counts, and puts clusters of floor(0.3 m) + 1 of the m others beside them.
+    name = {300: "official-192", 303: "official-128", 66: "official-64"}[cuts[0]]
+    (stage,) = load_pipeline(f"sparsevlm@{name}").stages
+    assert stage.layers == (3, 7, 16)
+    n = 576
+    for layer, retained in zip(stage.layers, cuts, strict=True):
+        k = retained + (int(0.3 * (n - retained)) + 1) // 10 + 1
+        reducer = stage.at(layer).reducer
+        assert reducer.count(576) == k
+        assert reducer.recycled(n, k) == (k - retained, int(0.3 * (n - retained)) + 1)
+        n = k
 
 
 def test_words_that_are_not_looked_at():

@@ -32,7 +32,7 @@ def cite(
 ) -> None:
     """Print what to cite, as BibTeX: one entry for each paper that the strategies come from."""
     # What looks like no file is a name; a mistyped one is answered with those that are near.
-    named = source not in installed().presets and not Path(source).suffix
+    named = source not in installed().presets and not Path(source).suffix and "@" not in source
     records = [strategy_info(source)] if named else list(_of_pipeline(source))
     entries = {record.name: bibtex(record) for record in records}
     if as_json:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,11 @@ _COUNT_MEANING = {
     "layout": "follows from the budget and from frames, height and width",
     "adaptive": "depends on the data",
 }
+
+
+def written(options: Mapping[str, Any]) -> str:
+    """The options of a preset as they stand in a pipeline."""
+    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in options.items())
 
 
 def info(
@@ -55,6 +62,10 @@ def info(
     ]
     out.print()
     out.print(table(("property", "value"), [fact for fact in facts if fact[1]]))
+    if record.presets:
+        presets = [(name, written(options)) for name, options in record.presets.items()]
+        out.print()
+        out.print(table(("preset", "options"), presets))
     rows = [(option.name, option.type, option.default, option.help) for option in card.options]
     out.print()
     out.print(table(("option", "type", "default", "meaning"), rows))

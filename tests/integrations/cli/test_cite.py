@@ -21,6 +21,7 @@ def test_a_strategy(tokenreduce) -> None:
     assert printed.startswith("@inproceedings{yang2025visionzip,\n")
     assert printed.endswith("}\n")
     assert printed.count("@") == 1
+    assert tokenreduce("cite", "visionzip@official-64").stdout == printed
 
 
 def test_a_pipeline_with_what_it_wraps(tokenreduce, tmp_path: Path) -> None:

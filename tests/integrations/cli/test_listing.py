@@ -109,6 +109,16 @@ def test_info(tokenreduce) -> None:
     assert "keep_ratio" in text
 
 
+def test_info_shows_presets(tokenreduce) -> None:
+    text = tokenreduce("info", "dart").stdout
+    assert "official-64" in text
+    assert 'site: "decoder", layer: 2, pivots: 4, keep_ratio: 0.111, official: true' in text
+    presets = json.loads(tokenreduce("info", "pyramiddrop", "--json").stdout)["presets"]
+    assert presets == {
+        "official": {"site": "decoder", "schedule": {"8": 0.5, "16": 0.25, "24": 0.125}}
+    }
+
+
 def test_info_as_json(tokenreduce) -> None:
     card = json.loads(tokenreduce("info", "per-segment", "--json").stdout)
     assert card["name"] == "per-segment"
