@@ -95,7 +95,8 @@ def support_page(matrix: dict[str, Any]) -> str:
         "# Supported models",
         "",
         "Each row is a class of transformers 5.23, proved by `tests/integrations/transformers/"
-        "test_families.py` on a tiny model with random weights: keeping all tokens is "
+        "test_families.py` (models that answer by denoising: `test_diffusion.py`) on a tiny model "
+        "with random weights: keeping all tokens is "
         "bit-identical, uneven random reduction equals an independent recomputation, and detaching "
         "leaves no trace. *model cannot*: the unmodified model does not do it, or contradicts "
         "itself.",
@@ -198,7 +199,7 @@ def generated() -> dict[Path, bytes]:
     matrix = ROOT / "docs/support_matrix.json"
     texts[ROOT / "docs/support.md"] = support_page(json.loads(matrix.read_text(encoding="utf-8")))
     for record in builtin_records():
-        if not record.wraps:
+        if not record.target.startswith("tokenreduce.wrappers:"):
             texts[ROOT / f"docs/strategies/{record.name}.md"] = card(record)
     files = {path: text.encode() for path, text in texts.items()}
     for notebook in sorted((ROOT / "examples/notebooks").glob("*.ipynb")):

@@ -45,6 +45,8 @@ class StageReceipt:
         tokens_out: tokens after it, protected ones included.
         protected: tokens that stood outside the budget.
         layer: after how many layers of the LLM, or blocks of the encoder, it ran; None elsewhere.
+        from_step: denoising steps of a diffusion model that see the tokens before the stage; those
+            that follow see what it left.
         reason: why nothing was reduced, or an empty string.
         spending: what the kept tokens cost, where the budget states a cost.
     """
@@ -55,6 +57,7 @@ class StageReceipt:
     tokens_out: int
     protected: int = 0
     layer: int | None = None
+    from_step: int = 0
     reason: str = ""
     spending: Spending | None = None
 
@@ -90,6 +93,24 @@ class ItemReceipt:
             if stage.site != "decoder" or (stage.layer or 0) <= layers:
                 count = stage.tokens_out
         return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRange:
+    """Denoising steps of a diffusion model that read the same visual tokens.
+
+    Attributes:
+        first: the first of them; each block of the answer counts from 0.
+        passes: how many have run since the prefill, over all blocks of the answer.
+        tokens: visual tokens that each of them reads, over the batch.
+    """
+
+    first: int
+    passes: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"from denoising step {self.first} on {self.tokens} ({self.passes} passes)"
 
 
 class Stopwatch:
@@ -143,6 +164,8 @@ class Receipt:
         kv_bytes_by_layer: bytes of keys and values of one token in each layer; None if unknown.
         stopwatch: time spent choosing and merging tokens.
         reason: why nothing was reduced at all, or an empty string.
+        steps: what denoising steps read, where that changes from one step to the next. Passes are
+            counted up to the moment at which the receipt is read.
     """
 
     items: tuple[ItemReceipt, ...] = ()
@@ -152,6 +175,7 @@ class Receipt:
     kv_bytes_by_layer: tuple[int, ...] | None = ()
     stopwatch: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
     reason: str = ""
+    steps: tuple[StepRange, ...] = ()
 
     @property
     def tokens_in(self) -> int:
@@ -182,15 +206,22 @@ class Receipt:
 
     @property
     def kv_bytes(self) -> int | None:
-        """Bytes of the visual tokens' keys and values; None if unknown."""
+        """Bytes of the visual tokens' keys and values; None if unknown.
+
+        Where denoising steps read all tokens first, both sequences are held.
+        """
         if self.kv_bytes_by_layer is None:
             return None
         layers = zip(self.tokens_per_layer, self.kv_bytes_by_layer, strict=True)
-        return sum(tokens * size for tokens, size in layers)
+        full = self.tokens_in * sum(self.kv_bytes_by_layer) if self.steps else 0
+        return sum(tokens * size for tokens, size in layers) + full
 
     @property
     def kv_bytes_saved(self) -> int | None:
-        """Bytes of keys and values that the dropped tokens would have taken; None if unknown."""
+        """Bytes of keys and values that the dropped tokens would have taken; None if unknown.
+
+        Less than 0 where two sequences are held.
+        """
         if self.kv_bytes is None or self.kv_bytes_per_token is None:
             return None
         return self.tokens_in * self.kv_bytes_per_token - self.kv_bytes
@@ -213,6 +244,7 @@ class Receipt:
             "kv_bytes_saved": self.kv_bytes_saved,
             "selection_ms": self.selection_ms,
             "reason": self.reason,
+            **({"steps": [asdict(steps) for steps in self.steps]} if self.steps else {}),
             "items": [
                 {
                     "prompt": item.prompt,
@@ -227,6 +259,7 @@ class Receipt:
                             "tokens_out": stage.tokens_out,
                             "protected": stage.protected,
                             "layer": stage.layer,
+                            **({"from_step": stage.from_step} if stage.from_step else {}),
                             "reason": stage.reason,
                             **({"spending": asdict(stage.spending)} if stage.spending else {}),
                         }
@@ -248,8 +281,11 @@ class Receipt:
                 why = f", {stage.reason}" if stage.reason else ""
                 why += f", {stage.spending}" if stage.spending else ""
                 place = stage.site if stage.layer is None else f"{stage.site} layer {stage.layer}"
+                place += f" from step {stage.from_step}" if stage.from_step else ""
                 steps.append(f"{stage.tokens_out} ({stage.strategy} at {place}{guarded}{why})")
             lines.append(" -> ".join(steps))
+        if self.steps:
+            lines.append(f"visual tokens read: {', '.join(map(str, self.steps))}")
         fewer = "all withdrawn"
         if self.tokens_out:
             fewer = f"{self.tokens_in / self.tokens_out:.1f}x fewer"
@@ -258,7 +294,8 @@ class Receipt:
             last.append(f"LLM sequence {self.sequence_in} -> {self.sequence_out}")
         last.append(f"selection {self.selection_ms:.1f} ms")
         if self.layers and self.kv_bytes_saved is not None:
-            last.append(f"KV cache {self.kv_bytes_saved / 2**20:.1f} MiB smaller")
+            saved = self.kv_bytes_saved / 2**20
+            last.append(f"KV cache {abs(saved):.1f} MiB {'larger' if saved < 0 else 'smaller'}")
         lines.append(", ".join(last))
         return "\n".join(lines)
 

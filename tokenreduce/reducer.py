@@ -77,6 +77,14 @@ class Reducer(ABC):
         """Whether the strategy, as configured, needs no budget."""
         return self.adaptive
 
+    @property
+    def from_step(self) -> int:
+        """Denoising steps of a diffusion model that still see all tokens; 0 for all but schedules.
+
+        A reducer sees no steps: this is data for whoever attaches it.
+        """
+        return 0
+
     def with_budget(
         self,
         *,

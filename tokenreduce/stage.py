@@ -442,6 +442,7 @@ def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> Stag
         tokens_out=kept,
         protected=layout.protected_count,
         layer=stage.layer,
+        from_step=stage.reducer.from_step,
         reason=reason,
         spending=spending,
     )

@@ -22,17 +22,15 @@ COPIED_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupWise(Reducer):
-    """Applies a reducer to each group of an item's tokens.
-
-    The budget is that of the whole item and is shared among the groups in proportion to their
-    tokens; or it is left to ``inner``, whose own budget then holds for each group.
+class Wrapper(Reducer):
+    """A reducer that applies another one; the budget is its own or left to the other.
 
     Args:
         inner: the reducer to apply.
 
     Raises:
         BudgetError: if both the wrapper and ``inner`` are given a budget.
+        PipelineError: if ``inner`` is no reducer, or acts from a denoising step on.
     """
 
     inner: Reducer
@@ -53,6 +51,15 @@ class GroupWise(Reducer):
     def require_budget(self) -> None:
         if self.budget is None:
             self.inner.require_budget()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWise(Wrapper):
+    """Applies a reducer to each group of an item's tokens.
+
+    The budget is that of the whole item and is shared among the groups in proportion to their
+    tokens; or it is left to ``inner``, whose own budget then holds for each group.
+    """
 
     @abstractmethod
     def group_of(self, coords: Tensor) -> Tensor:
@@ -182,6 +189,11 @@ def _require_reducers(*inner: object) -> None:
             raise PipelineError(
                 f"a wrapper takes reducers, got {each!r}. Create one with "
                 "tokenreduce.create_strategy(name)."
+            )
+        if each.from_step:
+            raise PipelineError(
+                f"{each.name} inside a wrapper: from which denoising step tokens are reduced holds "
+                f"for a whole stage. Let {each.name} wrap the others."
             )
 
 

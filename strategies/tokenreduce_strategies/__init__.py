@@ -682,3 +682,11 @@ def register_strategies(register: Register) -> None:
             count=count,
             wraps=True,
         )
+    register(
+        "denoising-schedule",
+        f"{here}.denoising_schedule:DenoisingSchedule",
+        summary="Applies a strategy from a denoising step of a diffusion model on.",
+        kind="merge",
+        wraps=True,
+        paper="2511.15098",
+    )

@@ -130,6 +130,12 @@ _ADAPTERS = (
         "Gemma 4 unified, images and video",
     ),
     (
+        "diffusion-gemma",
+        "DiffusionGemmaAdapter",
+        _bases(diffusion_gemma="DiffusionGemmaPreTrainedModel"),
+        "DiffusionGemma, which denoises blocks of its answer",
+    ),
+    (
         "paligemma",
         "PaliGemmaAdapter",
         _bases(paligemma="PaliGemmaPreTrainedModel"),

@@ -7,13 +7,20 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokenreduce.attachment import Attachment
-from tokenreduce.errors import MissingSignal, UnsupportedModel, UnsupportedSite
+from tokenreduce.errors import (
+    BudgetError,
+    MissingSignal,
+    PipelineError,
+    UnsupportedModel,
+    UnsupportedSite,
+)
 from tokenreduce.plugins import installed
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
 from tokenreduce_integrations.transformers.cross_attention import CrossAttentionAttachment
 from tokenreduce_integrations.transformers.depth import check_depth
+from tokenreduce_integrations.transformers.diffusion import DiffusionAttachment
 from tokenreduce_integrations.transformers.embedding import ChameleonAttachment, Phi4Attachment
 from tokenreduce_integrations.transformers.encoder_decoder import EncoderAttachment, find_encoder
 from tokenreduce_integrations.transformers.families import Family
@@ -41,6 +48,8 @@ class TransformersAdapter:
     """
 
     family: ClassVar[Family] = families.GENERIC
+    denoises: ClassVar[bool] = False
+    """Whether its models generate by denoising, so that steps can be told apart."""
 
     def attach(
         self,
@@ -141,6 +150,13 @@ class TransformersAdapter:
         processor: Any | None,
         joint_encoder: Any | None,
     ) -> None:
+        if stage.reducer.from_step and not self.denoises:
+            inner = " and ".join(repr(each.name) for each in stage.reducer.inner_reducers())
+            raise UnsupportedModel(
+                f"strategy {stage.reducer.name!r}: {type(model).__name__} is not a diffusion "
+                f"model, and has no denoising step from which on it could reduce. Use {inner} "
+                "alone."
+            )
         if stage.site not in self.family.sites:
             raise UnsupportedSite(
                 f"stage {stage.reducer.name!r} at the site {stage.site!r}: "
@@ -275,6 +291,47 @@ class Gemma4UnifiedAdapter(TransformersAdapter):
     """Gemma 4 unified: image tokens that see one another both ways."""
 
     family = families.GEMMA4_UNIFIED
+
+
+class DiffusionGemmaAdapter(TransformersAdapter):
+    """DiffusionGemma: an encoder of prompts, and a decoder that denoises the answer."""
+
+    family = families.DIFFUSION_GEMMA
+    denoises = True
+
+    def attachment(self, model: nn.Module) -> type[TransformersAttachment]:
+        return DiffusionAttachment
+
+    def parts(self, model: nn.Module) -> dict[str, Any]:
+        inner: Any = getattr(model, "model", model)
+        if not hasattr(inner, "encoder"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is a part of a model: attach to the whole of it, a "
+                "DiffusionGemmaForBlockDiffusion or DiffusionGemmaModel."
+            )
+        encoder = inner.encoder
+        return {"decoder": encoder.language_model, "owner": encoder, "canvas": inner.decoder}
+
+    def check(
+        self,
+        model: nn.Module,
+        stages: tuple[Stage, ...],
+        processor: Any | None = None,
+        joint_encoder: Any | None = None,
+    ) -> None:
+        if len({stage.reducer.from_step for stage in stages}) > 1:
+            raise PipelineError(
+                "stages that reduce from different denoising steps on: give all of them one "
+                "from_step, or wrap a chain of strategies in one denoising-schedule."
+            )
+        limited = [stage for stage in stages if stage.limit is not None]
+        if limited:
+            raise BudgetError(
+                f"{limited[0].limit}: {type(model).__name__} reads the tokens again at each "
+                "denoising step, and how many it will take is not known beforehand. Say how many "
+                "tokens to keep."
+            )
+        super().check(model, stages, processor, joint_encoder)
 
 
 class PaliGemmaAdapter(TransformersAdapter):

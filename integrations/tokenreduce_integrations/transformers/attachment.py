@@ -37,7 +37,7 @@ from tokenreduce.stage import (
 )
 from tokenreduce_integrations.transformers.depth import DecoderSite, DepthRun, entering
 from tokenreduce_integrations.transformers.families import Family
-from tokenreduce_integrations.transformers.generation import GenerateWatch
+from tokenreduce_integrations.transformers.generation import GenerateWatch, refuse_generation
 from tokenreduce_integrations.transformers.hooks import Uncopyable, outside_compilation
 from tokenreduce_integrations.transformers.joint import JointEncoder
 from tokenreduce_integrations.transformers.kv_cache import kv_bytes_by_layer
@@ -131,6 +131,8 @@ class TransformersAttachment(Uncopyable, Attachment):
     ``reductions`` are those of whichever prefill came last.
     """
 
+    _refuse_generation = staticmethod(refuse_generation)
+
     def __init__(
         self,
         model: nn.Module,
@@ -167,7 +169,7 @@ class TransformersAttachment(Uncopyable, Attachment):
                 read = {n: _needs([s for s in inside if n in s.layers], "decoder") for n in layers}
                 self._depth = DecoderSite(decoder, lambda: self._stages_at("decoder"), read)
                 undo.callback(self._depth.detach)
-            self._generate_watch = GenerateWatch(model)
+            self._generate_watch = GenerateWatch(model, self._refuse_generation)
             self._handles = [
                 decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
                 decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -240,7 +242,12 @@ class TransformersAttachment(Uncopyable, Attachment):
         if self._depth is not None:
             # What an interrupted call left: Ctrl-C skips the hook after the decoder.
             self._depth.end()
-        visual = self._watch.take()
+        return self._begin(self._watch.take(), args, kwargs)
+
+    def _begin(
+        self, visual: VisualInput | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments with which the decoder is called instead; None for those that it has."""
         if visual is not None and self.enabled and self.regions:
             visual = self._with_regions(visual)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")

@@ -197,6 +197,14 @@ GEMMA4 = Family(
     name="Gemma 4", shorten=gather_arguments("per_layer_inputs"), mask=blocks_then_window
 )
 GEMMA4_UNIFIED = Family(name="Gemma 4 unified", mask=window_then_blocks)
+DIFFUSION_GEMMA = Family(
+    name="DiffusionGemma",
+    # Its encoder gives the tokens of all images end to end.
+    placement=Placement(runs=True),
+    mask=window_then_blocks,
+    # Masks of denoising steps hold for all layers, which are to be of one length.
+    llm_sites=("projector",),
+)
 PALIGEMMA = Family(
     name="PaliGemma", layouts={"image": layouts.square_tiles}, mask=window_then_blocks
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,9 +18,14 @@ from tokenreduce_integrations.transformers.hooks import (
 
 
 class GenerateWatch(Uncopyable):
-    """Wraps ``generate`` of a model while attached; a model without one is left alone."""
+    """Wraps ``generate`` of a model while attached; a model without one is left alone.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        refuse: called with the model and the arguments of a generation, before it begins.
+    """
+
+    def __init__(self, model: nn.Module, refuse: Callable[[Any, Mapping[str, Any]], None]) -> None:
         self._replaced: list[Replacement] = []
         original: Any = getattr(model, "generate", None)
         if original is None:
@@ -28,7 +33,7 @@ class GenerateWatch(Uncopyable):
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            refuse_generation(model, kwargs)
+            refuse(model, kwargs)
             return original(*args, **kwargs)
 
         self._replaced.append(replace_method(model, "generate", wrapper))

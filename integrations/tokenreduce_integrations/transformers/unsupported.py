@@ -7,9 +7,6 @@ _THINKER = "it is several models: attach to its thinker, as in attach(model.thin
 
 REASONS = {
     "blip.modeling_blip.BlipPreTrainedModel": _ACROSS,
-    "diffusion_gemma.modeling_diffusion_gemma.DiffusionGemmaPreTrainedModel": (
-        "it generates by denoising blocks, so no prefill comes before what it generates"
-    ),
     "evolla.modeling_evolla.EvollaPreTrainedModel": "it reads proteins, not images",
     "git.modeling_git.GitPreTrainedModel": (
         "it puts image tokens before the text within the pass that runs its layers, with masks of "

@@ -17,6 +17,7 @@ from support import masked_reference, reference, support_matrix
 from support.reducers import EveryOther, UnevenRandom
 from support.tiny_families import TINY
 from support.tiny_models import CASES, Case, words
+from support.traces import anatomy
 from tokenreduce.errors import UnsupportedGeneration, UnsupportedModel, UnsupportedSite
 from tokenreduce_integrations.transformers.unsupported import REASONS
 
@@ -234,20 +235,6 @@ def test_detach_leaves_no_trace(name: str) -> None:
     assert anatomy(case.model) == trace
     assert all(torch.equal(case.model.state_dict()[key], weights[key]) for key in weights)
     assert torch.equal(forward(case), before)
-
-
-def anatomy(model: Any) -> dict[str, Any]:
-    """What an attachment could leave behind, of every module."""
-    trace: dict[str, Any] = {"config": model.config.to_dict()}
-    for name, module in model.named_modules():
-        plain = {
-            key: id(value) if not isinstance(value, dict) else {k: id(v) for k, v in value.items()}
-            for key, value in vars(module).items()
-            # the stock models themselves remember the offset of their latest prompt
-            if key != "rope_deltas"
-        }
-        trace[name] = (type(module), plain, id(module.forward.__func__))
-    return trace
 
 
 @pytest.mark.parametrize("qualified", REASONS)
