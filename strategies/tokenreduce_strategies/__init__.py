@@ -275,6 +275,17 @@ def register_strategies(register: Register) -> None:
         paper="2411.14228",
     )
     register(
+        "text-drop-mask",
+        f"{here}.text_drop_mask:TextDropMask",
+        summary="Drops the tokens that the words of the prompt leave out.",
+        kind="prune",
+        count="adaptive",
+        cost="score",
+        needs=("prompt_embeddings",),
+        parity="description",
+        paper="2410.17779",
+    )
+    register(
         "density-peak-grouping",
         f"{here}.density_peak_grouping:DensityPeakGrouping",
         summary="Merges groups of tokens around density peaks.",
