@@ -75,7 +75,7 @@ class Budget:
                 raise BudgetError(f"{name}={value} is out of range: it counts tokens.")
         for name in COSTS:
             value = getattr(self, name)
-            if value is not None and not (_as_fraction(name, value) > 0):
+            if value is not None and not (as_fraction(name, value) > 0):
                 raise BudgetError(f"{name}={value} is out of range: more than nothing.")
         if self.total is not None and any(getattr(self, name) is not None for name in COSTS):
             raise BudgetError(
@@ -92,9 +92,9 @@ class Budget:
     @cached_property
     def _ratio(self) -> Fraction | None:
         if self.keep_ratio is not None:
-            return _as_fraction("keep_ratio", self.keep_ratio)
+            return as_fraction("keep_ratio", self.keep_ratio)
         if self.reduction is not None:
-            reduction = _as_fraction("reduction", self.reduction)
+            reduction = as_fraction("reduction", self.reduction)
             if reduction <= 0:
                 raise BudgetError(f"reduction={self.reduction} is out of range: at least 1.")
             return 1 / reduction
@@ -182,7 +182,7 @@ class Budget:
         )
 
 
-def _as_fraction(name: str, value: object) -> Fraction:
+def as_fraction(name: str, value: object) -> Fraction:
     """Read a ratio as the decimal its user typed: 0.1 is one tenth, not the nearest double."""
     if isinstance(value, Rational) and not isinstance(value, bool):
         return Fraction(int(value.numerator), int(value.denominator))

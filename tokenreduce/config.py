@@ -121,9 +121,11 @@ def dump_pipeline(pipeline: Pipeline) -> str:
         place = root / "reduce" / i
         entry = _dump_reducer(stage.reducer, place)
         keys = ("site", "total", "layer", *COSTS)
-        own: dict[str, Any] = {key: getattr(stage, key) for key in keys}
+        own: dict[str, Any] = {key: _written(getattr(stage, key)) for key in keys}
         if stage.schedule is not None:
-            own["schedule"] = {n: _written(share) for n, share in dict(stage.schedule).items()}
+            own["schedule"] = {
+                _written(n): _written(share) for n, share in dict(stage.schedule).items()
+            }
         own = {key: value for key, value in own.items() if value is not None}
         stages.append({"strategy": entry.pop("strategy"), **own, **entry})
     data["reduce"] = stages
@@ -273,7 +275,11 @@ def _stage(data: object, place: _Place) -> Stage:
     if isinstance(data, dict):
         own = {key: data[key] for key in STAGE_KEYS if data.get(key) is not None}
         if isinstance(own.get("schedule"), dict):
-            own["schedule"] = {n: _budget_value(share) for n, share in own["schedule"].items()}
+            own["schedule"] = {
+                _budget_value(n): _budget_value(share) for n, share in own["schedule"].items()
+            }
+        if "layer" in own:
+            own["layer"] = _budget_value(own["layer"])
         data = {key: value for key, value in data.items() if key not in STAGE_KEYS}
     reducer = _reducer(data, place, own_keys=STAGE_KEYS)
     with _located(place):

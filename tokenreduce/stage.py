@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from fractions import Fraction
+from math import floor
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
 
-from tokenreduce.budget import COSTS, Budget
+from tokenreduce.budget import COSTS, Budget, as_fraction
 from tokenreduce.capabilities import SITES, Site
 from tokenreduce.errors import BudgetError, PipelineError, UnsupportedSite
 from tokenreduce.packing import PackedTokens, reduce_packed
@@ -37,11 +39,13 @@ class Stage:
             ``projector`` (after encoder and projector, before the LLM), ``decoder`` (after an LLM
             layer).
         total: most tokens that all visual items of one prompt may keep together.
-        layer: at the decoder site, how many layers of the LLM see the tokens first, at least 1; at
-            the vision site, how many blocks of the encoder do.
+        layer: at the decoder site, how many layers of the LLM see the tokens first, at least 1, or
+            which share of them, as in ``0.25``; at the vision site, how many blocks of the encoder
+            do.
         schedule: in place of ``layer`` and the strategy's budget, the share of the original tokens
-            that go on after each of several layers, as in ``{8: 0.5, 16: 0.25}``; 0 is legal at
-            the decoder site. Kept as pairs in the order of the layers.
+            that go on after each of several layers, as in ``{8: 0.5, 16: 0.25}``, or shares of the
+            layers, as in ``{0.25: 0.5, 0.5: 0.25}``; to go on with 0 is legal at the decoder site.
+            Kept as pairs in the order of the layers.
         flops: in place of the strategy's budget, the most FLOPs that the layers of the LLM may
             spend on the tokens of an item, if nothing is cut after this stage.
         prefill_ms: likewise, the most milliseconds, as measured on the model.
@@ -56,8 +60,8 @@ class Stage:
     reducer: Reducer
     site: Site = "projector"
     total: int | None = None
-    layer: int | None = None
-    schedule: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    layer: float | None = None
+    schedule: Mapping[float, float] | Sequence[tuple[float, float]] | None = None
     flops: float | None = None
     prefill_ms: float | None = None
     price: Price | None = field(default=None, compare=False, repr=False)
@@ -116,19 +120,61 @@ class Stage:
                 "keep_ratio, reduction and total."
             )
         if self.layer is not None:
-            _check_layer("layer", self.layer)
+            object.__setattr__(self, "layer", _check_layer("layer", self.layer, self.site))
         if self.site == "decoder" and self.layer is None and self.schedule is None:
             raise PipelineError(
-                "a stage at the decoder site needs layer=2 (how many layers see the tokens first) "
-                "or schedule={8: 0.5, 16: 0.25}."
+                "a stage at the decoder site needs layer=2 (how many layers see the tokens first; "
+                "layer=0.25 is a quarter of them) or schedule={8: 0.5, 16: 0.25}."
             )
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """After how many layers the stage cuts, ascending; empty if it was not told."""
+    def relative(self) -> bool:
+        """Whether the stage states shares of the LLM's depth; :meth:`within` makes them layers."""
+        return not all(isinstance(place, int) for place in self._places)
+
+    @property
+    def _places(self) -> tuple[float, ...]:
         if self.schedule is not None:
             return tuple(dict(self.schedule))
         return () if self.layer is None else (self.layer,)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After how many layers the stage cuts, ascending; empty if it was not told.
+
+        Raises:
+            PipelineError: if it states shares of a depth that is not known.
+        """
+        if self.relative:
+            raise PipelineError(
+                f"{self.reducer.name}: {', '.join(map(str, self._places))} of the layers: which "
+                "ones they are depends on the model. Stage.within(depth) tells."
+            )
+        return tuple(int(place) for place in self._places)
+
+    @property
+    def after(self) -> int | None:
+        """After how many layers the stage cuts; None if it names none, or several in a schedule."""
+        return None if self.layer is None else self.layers[0]
+
+    def within(self, depth: int) -> Stage:
+        """The stage in an LLM of ``depth`` layers: shares become layers, rounded half up.
+
+        Raises:
+            PipelineError: if two shares come to the same layer.
+        """
+        if not self.relative:
+            return self
+        half = Fraction(1, 2)
+        layers = [max(1, floor(as_fraction("layer", p) * depth + half)) for p in self._places]
+        if len(set(layers)) < len(layers):
+            raise PipelineError(
+                f"schedule: {', '.join(map(str, self._places))} of {depth} layers come to the "
+                f"layers {', '.join(map(str, layers))}: leave one out, or space them further apart."
+            )
+        if self.schedule is None:
+            return replace(self, layer=layers[0])
+        return replace(self, schedule=dict(zip(layers, dict(self.schedule).values(), strict=True)))
 
     @property
     def limit(self) -> Budget | None:
@@ -147,7 +193,7 @@ class Stage:
                 f"{self.reducer.name}: {self.limit}: what a token costs depends on the model. "
                 "Attach the stage to one."
             )
-        layer = self.layer if self.site == "decoder" and self.layer else 0
+        layer = (self.after or 0) if self.site == "decoder" else 0
         return self.price(tokens, 0, layer) + self.price(kept, layer, None)
 
     def at(self, layer: int) -> Stage:
@@ -385,7 +431,7 @@ def _outputs(packed: PackedTokens, reductions: Sequence[Reduction]) -> PackedTok
     return PackedTokens.from_items(items)
 
 
-def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:
+def _schedule(given: object, site: Site) -> tuple[tuple[float, float], ...]:
     if isinstance(given, Mapping):
         given = tuple(given.items())
     if not isinstance(given, tuple | list) or not given:
@@ -399,10 +445,15 @@ def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:
                 f"{entry!r}."
             )
     pairs = sorted(
-        ((_check_layer("schedule", layer), share) for layer, share in given), key=lambda p: p[0]
+        ((_check_layer("schedule", layer, site), share) for layer, share in given),
+        key=lambda p: p[0],
     )
     if len({layer for layer, _ in pairs}) < len(pairs):
         raise PipelineError(f"schedule names a layer twice: {given!r}.")
+    if len({isinstance(layer, int) for layer, _ in pairs}) > 1:
+        raise PipelineError(
+            f"schedule names layers and shares of them at once: {given!r}. Use one of the two."
+        )
     before: float = 1
     for layer, share in pairs:
         if share is None:
@@ -421,12 +472,21 @@ def _schedule(given: object, site: str) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-def _check_layer(name: str, layer: object) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 1:
-        raise PipelineError(
-            f"{name}: {layer!r} is no layer. Layers count from 1: after the first layer is 1."
-        )
-    return int(layer)
+def _check_layer(name: str, layer: object, site: Site) -> float:
+    """A number of layers, or a share of them."""
+    if isinstance(layer, Integral) and not isinstance(layer, bool) and int(layer) >= 1:
+        return int(layer)
+    if isinstance(layer, Real) and not isinstance(layer, Integral) and 0 < float(layer) < 1:
+        if site != "decoder":
+            raise PipelineError(
+                f"{name}: {layer} of the layers is served at the decoder site. Name whole ones at "
+                f"the site {site!r}."
+            )
+        return layer if isinstance(layer, Fraction) else float(layer)  # type: ignore[return-value]
+    raise PipelineError(
+        f"{name}: {layer!r} is no layer. Layers count from 1: after the first layer is 1. A share "
+        "of them lies between 0 and 1."
+    )
 
 
 def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> StageReceipt:
@@ -441,7 +501,7 @@ def _stage_receipt(stage: Stage, layout: Layout, kept: int, reason: str) -> Stag
         tokens_in=len(layout),
         tokens_out=kept,
         protected=layout.protected_count,
-        layer=stage.layer,
+        layer=stage.after,
         from_step=stage.reducer.from_step,
         reason=reason,
         spending=spending,

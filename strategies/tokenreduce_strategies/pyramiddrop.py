@@ -3,11 +3,12 @@
 Idea: shallow layers of the LLM need all visual tokens, deep ones fewer and fewer. Cut the tokens
 several times on the way, each time by what the instruction looks at there.
 
-Algorithm, at each cut (after layers 8, 16 and 24 of 32, a half each):
+Algorithm, at each cut (after a quarter, a half and three quarters of the layers, a half each):
     1. a_i = attention of the instruction's last token to visual token i, averaged over heads, in
        the layer at the cut;
     2. keep the k tokens of largest a_i.
 The cuts are stages at the decoder site, or one stage with a schedule of shares of all tokens:
+``{0.25: 0.5, 0.5: 0.25, 0.75: 0.125}``, which in an LLM of 32 layers is
 ``{8: 0.5, 16: 0.25, 24: 0.125}``.
 
 Shapes: attention ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N); the features are not read.

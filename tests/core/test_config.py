@@ -725,6 +725,21 @@ def test_a_schedule_survives_writing() -> None:
     assert load_pipeline(yaml.safe_load(dump_pipeline(plain))) == plain
 
 
+def test_shares_of_the_depth_survive_writing(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        "reduce:\n- {strategy: norm-topk, site: decoder, schedule: {0.25: 0.5, 1/3: 1/4}}\n"
+    )
+    pipeline = load_pipeline(file)
+    assert pipeline.stages[0].schedule == ((0.25, 0.5), (Fraction(1, 3), Fraction(1, 4)))
+    written = dump_pipeline(pipeline)
+    assert load_pipeline(yaml.safe_load(written)).stages == pipeline.stages
+    for layer, expected in ((0.25, 0.25), ("1/3", Fraction(1, 3))):
+        pipeline = load_pipeline(one(site="decoder", layer=layer, keep_ratio=0.5))
+        assert pipeline.stages[0].layer == expected
+        assert load_pipeline(yaml.safe_load(dump_pipeline(pipeline))) == pipeline
+
+
 def test_a_fraction_stays_exact() -> None:
     text = dump_pipeline(load_pipeline(one(keep_ratio=Fraction(1, 3))))
     assert "keep_ratio: 1/3" in text

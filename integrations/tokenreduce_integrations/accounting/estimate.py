@@ -127,6 +127,7 @@ def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[
     for stage in stages:
         if stage.site != "decoder":
             tokens = _kept(stage, tokens, tokens)
+    stages = [stage.within(layers) for stage in stages]
     entered = tokens
     counts = []
     for layer in range(layers):

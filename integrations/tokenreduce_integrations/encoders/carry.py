@@ -76,7 +76,7 @@ def item_outcome(
                 tokens_in=count,
                 tokens_out=left,
                 protected=layout.protected_count,
-                layer=stage.layer,
+                layer=stage.after,
                 reason=reason if left == count else "",
             )
         )

@@ -19,7 +19,7 @@ from tokenreduce.stage import Stage
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.attachment import TransformersAttachment
 from tokenreduce_integrations.transformers.cross_attention import CrossAttentionAttachment
-from tokenreduce_integrations.transformers.depth import check_depth
+from tokenreduce_integrations.transformers.depth import at_depth, check_depth
 from tokenreduce_integrations.transformers.diffusion import DiffusionAttachment
 from tokenreduce_integrations.transformers.embedding import ChameleonAttachment, Phi4Attachment
 from tokenreduce_integrations.transformers.encoder_decoder import EncoderAttachment, find_encoder
@@ -61,6 +61,7 @@ class TransformersAdapter:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
         self.check(model, stages, processor, joint_encoder)
         parts = self.parts(model)
+        stages = tuple(at_depth(parts["decoder"], stage) for stage in stages)
         parameter = next(parts["decoder"].parameters())
         if any(stage.limit is not None for stage in stages):
             from tokenreduce_integrations.accounting.prices import priced
@@ -166,7 +167,8 @@ class TransformersAdapter:
         if stage.site == "vision":
             return  # the site itself knows what blocks of the encoder give
         if stage.site == "decoder":
-            check_depth(self.parts(model)["decoder"], stage.layers)
+            decoder = self.parts(model)["decoder"]
+            check_depth(decoder, at_depth(decoder, stage).layers)
         offered = self._offers(owner, stage, processor, joint_encoder)
         missing = [name for name in stage.reducer.needs if name not in offered]
         tower = self._joint_tower(owner)

@@ -425,6 +425,18 @@ class DecoderSite(Uncopyable):
         return self._deepstack(hidden, mask, embeds)
 
 
+def at_depth(decoder: Any, stage: Stage) -> Stage:
+    """A stage whose shares of the depth are layers of a decoder.
+
+    Raises:
+        UnsupportedSite: if the decoder has no layers to count.
+        PipelineError: if two shares come to the same layer.
+    """
+    if not stage.relative:
+        return stage
+    return stage.within(len(_layers(decoder)))
+
+
 def check_depth(decoder: Any, layers: Sequence[int]) -> None:
     """Check that stages can act between the layers of a decoder.
 
@@ -432,12 +444,7 @@ def check_depth(decoder: Any, layers: Sequence[int]) -> None:
         UnsupportedSite: naming what stands against it.
     """
     config, name = decoder.config, type(decoder).__name__
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UnsupportedSite(
-            f"{name} has no layers that stages at the decoder site could act between: visual "
-            "tokens go into an encoder here. Use the projector site."
-        )
-    count = len(decoder.layers)
+    count = len(_layers(decoder))
     beyond = [layer for layer in layers if layer >= count]
     if beyond:
         raise UnsupportedSite(
@@ -536,3 +543,13 @@ def _gather_rotary(embeddings: Any, index: Tensor) -> Any:
     if isinstance(embeddings, tuple | list):
         return type(embeddings)(_gather_rotary(value, index) for value in embeddings)
     return embeddings
+
+
+def _layers(decoder: Any) -> nn.ModuleList:
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedSite(
+            f"{type(decoder).__name__} has no layers that stages at the decoder site could act "
+            "between: visual tokens go into an encoder here. Use the projector site."
+        )
+    return layers

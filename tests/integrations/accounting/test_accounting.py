@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,6 +240,8 @@ def test_tokens_by_layer_of_stages_in_a_row() -> None:
         tr.Stage(reducer=Anywhere(), site="decoder", schedule={1: 0.5, 3: 0.25}),
     )
     assert tokens_by_layer(stages, 64, 4) == (32, 16, 16, 8)
+    shares = replace(stages[1], schedule={0.25: 0.5, 0.75: 0.25})
+    assert tokens_by_layer((stages[0], shares), 64, 4) == (32, 16, 16, 8)
     assert tokens_by_layer((), 64, 4) == (64,) * 4
     inside = tr.Stage(reducer=tr.create_strategy("tome", keep=4), site="vision")
     with pytest.raises(UnsupportedSite, match="known only of what ran"):

@@ -33,7 +33,7 @@ from tokenreduce.errors import (
     PipelineError,
     UnsupportedSite,
 )
-from tokenreduce_integrations.transformers.depth import replays_hooks
+from tokenreduce_integrations.transformers.depth import at_depth, replays_hooks
 
 STEPS = 5
 
@@ -46,7 +46,7 @@ class Loudest(tr.Scorer):
         return tokens.features.float().norm(dim=-1)
 
 
-def decoder_stage(schedule: dict[int, float], reducer: tr.Reducer | None = None) -> tr.Stage:
+def decoder_stage(schedule: dict[float, float], reducer: tr.Reducer | None = None) -> tr.Stage:
     return tr.Stage(reducer=reducer or Loudest(), site="decoder", schedule=schedule)
 
 
@@ -441,6 +441,22 @@ def test_a_sliding_window_shorter_than_the_sequence_is_refused() -> None:
         pytest.raises(UnsupportedSite, match="sliding window"),
     ):
         generate(case)
+
+
+def test_shares_of_the_depth_are_layers_of_the_model() -> None:
+    case = llava()
+    with tr.attach(case.model, decoder_stage({2: 0.5, 3: 0.25})):
+        expected = generate(case)
+    with tr.attach(case.model, decoder_stage({0.5: 0.5, 0.75: 0.25})) as run:
+        assert all(torch.equal(*pair) for pair in zip(generate(case), expected, strict=True))
+        assert run.stages == (decoder_stage({2: 0.5, 3: 0.25}),)
+        assert run.receipt.items[0].stages[1].layer == 3
+    with pytest.raises(UnsupportedSite, match="a stage after layer 4"):
+        tr.attach(case.model, decoder_stage({0.9: 0.5}))
+    with pytest.raises(PipelineError, match="come to the layers 2, 2"):
+        tr.attach(case.model, decoder_stage({0.5: 0.5, 0.6: 0.25}))
+    with pytest.raises(UnsupportedSite, match="has no layers"):
+        at_depth(torch.nn.Identity(), decoder_stage({0.5: 0.5}))
 
 
 def test_a_layer_that_is_not_there_is_refused() -> None:
