@@ -362,7 +362,7 @@ def register_strategies(register: Register) -> None:
         kind="prune",
         cost="score",
         needs=("last_token_attention",),
-        parity="description",
+        parity="official",
         paper="2410.17247",
         presets={
             "official": {"site": "decoder", "schedule": {8: 0.5, 16: 0.25, 24: 0.125}},
@@ -418,8 +418,25 @@ def register_strategies(register: Register) -> None:
         kind="prune",
         cost="score",
         needs=("unrotated_attention",),
-        parity="description",
+        parity="official",
         paper="2412.13180",
+        presets={
+            # Two cuts: the grid and 30 percent by attention, then 9 percent by attention alone.
+            "official-8": {
+                "site": "decoder",
+                "layer": 8,
+                "keep_ratio": 0.3,
+                "stride": 3,
+                "official": True,
+            },
+            "official-16": {
+                "site": "decoder",
+                "layer": 16,
+                "keep_ratio": 0.09,
+                "stride": 0,
+                "official": True,
+            },
+        },
     )
     register(
         "tokencarve",
@@ -429,8 +446,11 @@ def register_strategies(register: Register) -> None:
         kind="merge",
         cost="decomposition",
         needs=("last_token_attention",),
-        parity="description",
+        parity="official",
         paper="2503.10501",
+        presets={
+            "official-64": {"site": "decoder", "layer": 2, "keep": 64, "official": True},
+        },
     )
     register(
         "pact",

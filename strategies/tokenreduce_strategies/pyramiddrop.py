@@ -16,7 +16,7 @@ Shapes: attention ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N); the features are
 Deviations from the official code: it ranks by the attention that the first layer *after* the cut
 would have; here it is that of the layer before, which has been computed. Of a prompt without a
 marked instruction, the last token counts. Counts are rounded half up, there down. Ties go to the
-lowest index. Written from its description.
+lowest index. Given the attention, tokens equal those of the official code on recorded cases.
 
 Published: LLaVA-1.5-7B, average of 9 benchmarks, full model 64.9: 61.0 with 128 tokens on average,
 47.0 with 64 (table of the EADP paper).

@@ -77,3 +77,12 @@ def test_feather_without_a_grid_is_attention_alone():
     assert kept.equal(a.topk(5).indices.sort(1).values)
     with pytest.raises(PipelineError, match="stride"):
         Feather(stride=-1)
+
+
+@pytest.mark.parametrize("keep", [{"keep": 9}, {"keep_ratio": 0.2}])
+def test_feather_keeps_the_grid_beside_the_official_budget(keep):
+    a = attention()[:1]
+    tokens = VisualTokens(image().features[:1], image().layout, signals={"unrotated_attention": a})
+    reduction = Feather(official=True, **keep)(tokens)
+    even = {y * 8 + x for y in (0, 3) for x in (0, 3, 6)}
+    assert reduction.positions[0].tolist() == sorted(even | set(a[0].topk(9).indices.tolist()))

@@ -9,8 +9,11 @@ from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.merging import group_weights
 from tokenreduce.ops.page_rank import attention_page_rank
 from tokenreduce_strategies.dart import DART, add_least_similar, largest_keys
+from tokenreduce_strategies.feather import Feather
 from tokenreduce_strategies.framefusion_prune import FrameFusionPrune
+from tokenreduce_strategies.pyramiddrop import PyramidDrop
 from tokenreduce_strategies.sparsevlm import rated
+from tokenreduce_strategies.tokencarve import TokenCarve
 
 
 def row_of(features, **signals):
@@ -122,3 +125,46 @@ def test_framefusion_pruning(parity_case):
     kept[visual[reduction.positions[0]]] = True
     case.check(kept_indices=kept.nonzero().flatten(), merged_features=states[kept])
     assert gather_tokens(states[None, visual], reduction.positions).equal(reduction.features)
+
+
+@pytest.mark.parametrize("case", ["b2_n100_second", "n195_first", "n576_first"])
+def test_pyramiddrop(parity_case, case):
+    case = parity_case(f"pyramiddrop/{case}")
+    options = case.parameters
+    start, length = options["image_start"], options["image_length"]
+    attention = case.expected["last_token_attention"].mean(1)
+    states = case.inputs["hidden_states"][:, start : start + attention.shape[1]]
+    # The official code rounds down.
+    keep = int(length * options["ratios"][options["cut"]])
+    reduction = PyramidDrop(keep=keep)(row_of(states, last_token_attention=attention))
+    case.check(kept_indices_sorted=reduction.positions)
+
+
+@pytest.mark.parametrize("case", ["n213_second_cut", "n576_r0_3_s3", "n729_r0_25_s4"])
+def test_feather(parity_case, case):
+    case = parity_case(f"feather/{case}")
+    options, attention = case.parameters, case.inputs["attention"][None]
+    n, side = attention.shape[1], int(options["original"] ** 0.5)
+    grid = (side, side) if options["cut"] == 1 else (1, n)
+    tokens = VisualTokens.from_grid(
+        torch.zeros(1, n, 1), grid, signals={"unrotated_attention": attention}
+    )
+    if options["cut"] == 1:
+        strategy = Feather(keep_ratio=options["ratio"], stride=options["stride"], official=True)
+    else:
+        keep = int(options["original"] * options["ratio"] ** 2)
+        strategy = Feather(keep=keep, stride=0, official=True)
+    case.check(kept_indices_sorted=strategy(tokens).positions[0])
+
+
+@pytest.mark.parametrize("case", ["n49_k8", "n60_k20", "n81_k31_w025"])
+def test_tokencarve(parity_case, case):
+    case = parity_case(f"tokencarve/{case}")
+    options = case.parameters
+    start = options["image_start"]
+    states = case.inputs["hidden_states"][:, start : start + options["image_length"]]
+    attention = case.inputs["last_token_attention"].mean(0, keepdim=True)
+    # The official weight is that of attention.
+    strategy = TokenCarve(keep=options["keep"], balance=1 - options["weight"], official=True)
+    reduction = strategy(row_of(states, last_token_attention=attention))
+    case.check(kept_indices_sorted=reduction.positions[0], merged_features=reduction.features[0])

@@ -17,20 +17,35 @@ def test_information(shape):
 
 
 @pytest.mark.parametrize("k", [1, 7, 25, 31])
-def test_oracle(k):
+@pytest.mark.parametrize("official", [False, True])
+def test_oracle(k, official):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 32, 8, generator=generator)
     a = torch.rand(1, 32, generator=generator)
     tokens = VisualTokens.from_grid(x, (4, 8), signals={"last_token_attention": a})
-    reduction = TokenCarve(keep=k, balance=0.3)(tokens)
+    reduction = TokenCarve(keep=k, balance=0.3, official=official)(tokens)
     gain = information(x)[0]
     score = 0.3 * gain / gain.max() + 0.7 * a[0] / a.max()
-    order = score.argsort(descending=True).tolist()
-    kept, following = sorted(order[:k]), order[k : min(32, k + (k + 1) // 2)]
+    if official:
+        rank = [sorted(values.tolist(), reverse=True) for values in (gain, a[0])]
+        score = torch.tensor(
+            [
+                -0.3 * rank[0].index(g) - 0.7 * rank[1].index(b)
+                for g, b in zip(gain.tolist(), a[0].tolist(), strict=True)
+            ]
+        )
+    order = score.argsort(descending=True).tolist()[: min(32, k + k // 2)]
+    targets, rest = sorted(order[: len(order) // 2]), order[len(order) // 2 :]
+    closest = {}
+    for i in rest:
+        if targets:
+            cosine = torch.nn.functional.cosine_similarity(x[0, targets], x[0, i][None])
+            closest[i] = (float(cosine.max()), targets[int(cosine.argmax())])
+    joining = sorted(closest, key=lambda i: -closest[i][0])[: len(order) - k]
+    kept = sorted(set(order) - set(joining))
     groups = {i: [i] for i in kept}
-    for i in following:
-        cosine = torch.nn.functional.cosine_similarity(x[0, kept], x[0, i][None])
-        groups[kept[int(cosine.argmax())]].append(i)
+    for i in joining:
+        groups[closest[i][1]].append(i)
     assert reduction.positions[0].tolist() == kept
     for m, i in enumerate(kept):
         assert (reduction.assignment[0] == m).nonzero().flatten().tolist() == sorted(groups[i])
