@@ -477,6 +477,7 @@ def register_strategies(register: Register) -> None:
         cost="score",
         parity="description",
         paper="2405.05803",
+        presets={"official-k15": {"site": "decoder", "schedule": {15: 0}}},
     )
     register(
         "dyvte",

@@ -19,7 +19,7 @@ ties go to the lowest index.
 
 ```bibtex
 @article{pei2025greedyprune,
-  title={{GreedyPrune}: Retaining Critical Visual Token Set for Large Vision Language Models},
+  title={{GreedyPrune}: Retenting Critical Visual Token Set for Large Vision Language Models},
   author={Pei, Ruiguang and Sun, Weiqing and Fu, Zhihui and Wang, Jun},
   journal={arXiv preprint arXiv:2506.13166},
   year={2025}

@@ -26,7 +26,8 @@ Published: LLaVA-1.5-7B with 128 tokens, 97.4 percent of the full model (table o
 @inproceedings{zou2025holov,
   title={Don't Just Chase "Highlighted Tokens" in {MLLMs}: Revisiting Visual Holistic Context
          Retention},
-  author={Zou, Xin and others},
+  author={Zou, Xin and Lu, Di and Wang, Yizhou and Yan, Yibo and Lyu, Yuanhuiyi and Zheng, Xu and
+          Zhang, Linfeng and Hu, Xuming},
   booktitle={Advances in Neural Information Processing Systems},
   year={2025},
   eprint={2510.02912},

@@ -73,10 +73,10 @@ Official code: none to compare with.
 
 ```bibtex
 @article{zhao2025lftr,
-  title   = {{LFTR}: Learning-Free Token Reduction for Multimodal Large Language Models},
-  author  = {Zhao, Zihui and Li, Yingxin and Li, Yang},
-  journal = {arXiv preprint arXiv:2501.17391},
-  year    = {2025}
+  title={{LFTR}: Learning-Free Token Reduction for Multimodal Large Language Models},
+  author={Zhao, Zihui and Li, Yingxin and Li, Yang},
+  journal={arXiv preprint arXiv:2501.17391},
+  year={2025}
 }
 ```
 """

@@ -17,8 +17,8 @@ N x N matrix is held: O(N^2 D) once, and O(N D) for each evaluation.
 
 Deviations from the official code: it evaluates every token for every pick, which finds the same
 ones. The v_i are the tokens themselves by default; the official code takes the encoder's output
-before the projector (``image="vision_features"``). Ties go to the lowest index. Tokens equal those
-of the official code on recorded cases.
+before the projector (``image="vision_features"``), and its front end sets the temperature of text
+to 0.02. Ties go to the lowest index. Tokens equal those of the official code on recorded cases.
 
 Published, LLaVA-1.5-7B in percent of the full model with 192 / 128 / 64 tokens: 98.7 / 97.8 / 96.6
 (its table).
@@ -26,7 +26,7 @@ Published, LLaVA-1.5-7B in percent of the full model with 192 / 128 / 64 tokens:
 ```bibtex
 @inproceedings{dong2026mmtok,
   title={{MMTok}: Multimodal Coverage Maximization for Efficient Inference of {VLMs}},
-  author={Dong, Sixun and others},
+  author={Dong, Sixun and Hu, Juhua and Zhang, Mian and Yin, Ming and Fu, Yanjie and Qian, Qi},
   booktitle={International Conference on Learning Representations},
   year={2026},
   eprint={2508.18264},

@@ -19,7 +19,9 @@ needed; ties go to the lowest index. Tokens equal those of the official code on 
 ```bibtex
 @inproceedings{chen2026otprune,
   title={{OTPrune}: Distribution-Aligned Visual Token Pruning via Optimal Transport},
-  author={Chen, Xiwen and others},
+  author={Chen, Xiwen and Zhu, Wenhui and Li, Gen and Dong, Xuanzhao and Xiong, Yujian and
+          Wang, Hao and Qiu, Peijie and Song, Qingquan and Wang, Zhipeng and Tang, Shao and
+          Wang, Yalin and Razi, Abolfazl},
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2026},
   eprint={2602.20205},

@@ -31,7 +31,8 @@ Published: LLaVA-1.5-7B, in percent of the full model on 8 benchmarks, with 128 
 @inproceedings{fang2026prunesid,
   title={Prune Redundancy, Preserve Essence: Vision Token Compression in {VLMs} via Synergistic
          Importance-Diversity},
-  author={Fang, Zhengyao and others},
+  author={Fang, Zhengyao and Lyu, Pengyuan and Zhang, Chengquan and Lu, Guangming and Yu, Jun and
+          Pei, Wenjie},
   booktitle={International Conference on Learning Representations},
   year={2026},
   eprint={2603.09480},

@@ -21,7 +21,7 @@ over 12 benchmarks (its abstract). Not to be expected of given signals.
 @article{li2025llavameteor,
   title={Top-Down Compression: Revisit Efficient Vision Token Projection for Visual Instruction
          Tuning},
-  author={Li, Bonan and Zhang, Zicheng and Yang, Xingyi and Wang, Xinchao},
+  author={Li, Bonan and Zhang, Zicheng and Liu, Songhua and Yu, Weihao and Wang, Xinchao},
   journal={arXiv preprint arXiv:2505.11945},
   year={2025}
 }

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,36 @@ def test_unknown(tokenreduce) -> None:
 @pytest.mark.parametrize("name", [r.name for r in installed().strategies.values() if r.paper])
 def test_every_paper_has_an_entry(name: str) -> None:
     record = installed().strategies[name]
-    entry = bibtex(record)
-    assert entry.startswith("@")
-    assert entry.count("{") == entry.count("}")
+    kind, _, fields = parse(bibtex(record))
+    assert fields.keys() >= {"title", "author", "year"}
+    assert kind != "article" or "journal" in fields
+    assert kind != "inproceedings" or "booktitle" in fields
+    assert int(fields["year"]) >= 1990
+    # Authors stand as "Family, Given"; nobody is left out as "others".
+    assert all(author.count(",") == 1 for author in fields["author"].split(" and "))
+    assert record.paper in (fields.get("eprint"), fields.get("journal", "").partition(":")[2])
+
+
+def test_keys_are_those_of_one_paper() -> None:
+    papers: dict[str, str] = {}
+    for record in installed().strategies.values():
+        if entry := bibtex(record):
+            assert papers.setdefault(parse(entry)[1], entry) == entry, record.name
+
+
+def parse(entry: str) -> tuple[str, str, dict[str, str]]:
+    """Kind, key and fields of one BibTeX entry; what is no such entry fails."""
+    head = re.fullmatch(r"@(\w+)\{([a-z0-9]+),\n(.*)\n\}", entry, re.DOTALL)
+    assert head, entry
+    fields = {}
+    for field in re.split(r",\n  (?=\w+=\{)", head[3].removeprefix("  ")):
+        found = re.fullmatch(r"(\w+)=\{(.*)\}", field, re.DOTALL)
+        assert found, field
+        depth = 0
+        for character in found[2]:
+            depth += {"{": 1, "}": -1}.get(character, 0)
+            assert depth >= 0, field
+        assert depth == 0, field
+        assert found[1] not in fields, field
+        fields[found[1]] = " ".join(found[2].split())
+    return head[1], head[2], fields
