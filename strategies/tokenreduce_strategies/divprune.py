@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.neighbors import nearest
-from tokenreduce.ops import farthest_first, first_argmax, unit_vectors
+from tokenreduce.ops import farthest_first, first_argmax, gram_matrix, unit_vectors
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
 
@@ -61,7 +61,7 @@ class DivPrune(Selector):
 
 
 def _pick_from_gram(unit: Tensor, k: int) -> Tensor:
-    gram = unit @ unit.transpose(1, 2)
+    gram = gram_matrix(unit)
     # A token is no neighbour of its own; the greedy steps never look at a picked token again.
     gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     first = first_argmax(-gram.amax(dim=2), scale=1.0)

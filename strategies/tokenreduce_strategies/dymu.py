@@ -99,7 +99,7 @@ class DyMU(Reducer):
         keys = compared(tokens)
         if self.budget is not None:
             k = self.count(tokens.count)
-            grouping = merge_rounds(tokens, keys, k)
+            grouping = Grouping(*merge_rounds(keys, tokens.sizes, k))
         elif tokens.count == 1:
             return Reduction.identity(tokens, reason="a single token has no partner")
         else:

@@ -36,14 +36,13 @@ sizes and features equal those of the official code on recorded cases.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from tokenreduce.ops import gather_tokens, merge_tokens
+from tokenreduce.ops import merge_tokens
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
-from tokenreduce_strategies.tome import merge_round
+from tokenreduce_strategies.tome import merge_rounds
 
 
 class Folded(NamedTuple):
@@ -68,16 +67,9 @@ def fold(keys: Tensor, sizes: Tensor, k: int) -> Folded:
         sizes: ``(B, N)`` float32, how many tokens each stands for.
         k: how many tokens to leave, 1 <= k < N.
     """
-    batch, n = keys.shape[:2]
-    positions = torch.arange(n, device=keys.device).expand(batch, n)
-    groups = positions
-    while (count := positions.shape[1]) > k:
-        done = merge_round(keys, keys, sizes, min(count - k, max(1, (count - 1) // 2)))
-        order = done.stays.argsort(dim=1)
-        groups = order.argsort(dim=1).gather(1, done.groups).gather(1, groups)
-        keys, sizes = gather_tokens(done.features, order), done.sizes.gather(1, order)
-        positions = positions.gather(1, done.stays.gather(1, order))
+    n = keys.shape[1]
     folded_again = n - k > (n - 1) // 2
+    groups, positions = merge_rounds(keys, sizes, k, spared=1)
     return Folded(groups, positions, folded_again or n - k < k // 2)
 
 
@@ -92,8 +84,8 @@ class Folder(Reducer):
     official: bool = False
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        keys = tokens.features.detach().float()
-        return self.merge(tokens, fold(keys, tokens.sizes.float(), self.count(tokens.count)))
+        keys = tokens.features.detach()
+        return self.merge(tokens, fold(keys, tokens.sizes, self.count(tokens.count)))
 
     def merge(self, tokens: VisualTokens, folded: Folded) -> Reduction:
         """The means of the groups, scaled where the official code does."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import TIE_TOLERANCE, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, gram_matrix, unit_vectors
 from tokenreduce.ops.relevance import exclusive_picks
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
@@ -75,6 +75,6 @@ class GreedyPrune(Selector):
         return torch.cat([self._pick(part, own, k) for part, own in parts])
 
     def _pick(self, unit: Tensor, saliency: Tensor, k: int) -> Tensor:
-        gram = unit @ unit.mT if unit.shape[1] <= GRAM_LIMIT else None
+        gram = gram_matrix(unit) if unit.shape[1] <= GRAM_LIMIT else None
         threshold = self.threshold + TIE_TOLERANCE
         return exclusive_picks(unit, saliency, k, threshold=threshold, gram=gram)

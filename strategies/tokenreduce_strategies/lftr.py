@@ -93,6 +93,7 @@ from tokenreduce.neighbors import check_backend, nearest_earlier
 from tokenreduce.ops import (
     first_argmax,
     gather_tokens,
+    gram_matrix,
     group_weights,
     merge_tokens,
     top_k_indices,
@@ -222,7 +223,7 @@ class LFTR(Merger):
         whole = (unit @ mean[..., None]).squeeze(2)
         gram = None
         if n <= RUN_TOKENS:
-            gram = (unit @ unit.transpose(1, 2)).clamp_(max=1 - DISTANCE_NOISE)
+            gram = gram_matrix(unit).clamp_(max=1 - DISTANCE_NOISE)
         count = min(n, ceil(self.spare * k))
         picks = covering_representatives(
             unit,

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import unit_vectors
+from tokenreduce.ops import gram_matrix, unit_vectors
 from tokenreduce.ops.relevance import marginal_relevance
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
@@ -82,5 +82,5 @@ class MMR(Selector):
         return torch.cat([self._pick(part, own, k) for part, own in parts])
 
     def _pick(self, unit: Tensor, score: Tensor, k: int) -> Tensor:
-        gram = unit @ unit.mT if unit.shape[1] <= GRAM_LIMIT else None
+        gram = gram_matrix(unit) if unit.shape[1] <= GRAM_LIMIT else None
         return marginal_relevance(unit, score, k, balance=self.balance, gram=gram)

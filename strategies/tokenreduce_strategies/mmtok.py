@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import gather_tokens, unit_vectors
+from tokenreduce.ops import gather_tokens, gram_matrix, unit_vectors
 from tokenreduce.ops.coverage import greedy_coverage
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
@@ -88,44 +88,56 @@ class MMTok(Selector):
         return (*super().needs, self.image) if self.image else super().needs
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        unit = unit_vectors(tokens.features.detach())
-        text = unit_vectors(tokens.signal("prompt_embeddings").detach())
-        if text.shape[2] != unit.shape[2]:
+        features, text = tokens.features.detach(), tokens.signal("prompt_embeddings").detach()
+        if text.shape[2] != features.shape[2]:
             raise TokensError(
                 f"{self.name}: prompt embeddings of {text.shape[2]} channels cannot be compared "
-                f"with tokens of {unit.shape[2]}; it runs where tokens are in the LLM's space."
+                f"with tokens of {features.shape[2]}; it runs where tokens are in the LLM's space."
             )
-        own = unit_vectors(tokens.signal(self.image).detach()) if self.image else unit
+        own = tokens.signal(self.image).detach() if self.image else None
         # As many items at once as fit into one Gram matrix of the largest size.
         together = max(1, GRAM_LIMIT**2 // tokens.count**2)
-        split = (part.split(together) for part in (unit, text, own))
-        return torch.cat([self._pick(*parts, k=k) for parts in zip(*split, strict=True)])
+        parts = [slice(start, start + together) for start in range(0, tokens.batch, together)]
+        return torch.cat(
+            [
+                self._pick(features[part], text[part], None if own is None else own[part], k)
+                for part in parts
+            ]
+        )
 
-    def _pick(self, unit: Tensor, text: Tensor, own: Tensor, *, k: int) -> Tensor:
-        batch, n, _ = unit.shape
-        items = torch.arange(batch, device=unit.device)[:, None]
-        words = ((text @ unit.mT) / self.text_temperature).softmax(dim=2).mT / text.shape[1]
-
-        def likeness(some: Tensor) -> Tensor:
-            # Numerators of the softmax; symmetric, so that a row serves as a column.
-            return (some @ own.mT).sub_(1).div_(self.image_temperature).exp_()
-
+    def _pick(self, features: Tensor, text: Tensor, own: Tensor | None, k: int) -> Tensor:
+        """Greedy picks ``(b, k)`` of items of features, words and, if any, vectors of their own."""
+        batch, n, _ = features.shape
+        unit = unit_vectors(features)
+        words = ((unit_vectors(text) @ unit.mT) / self.text_temperature).softmax(dim=2).mT
+        words = words / text.shape[1]
+        unit = unit if own is None else unit_vectors(own)
         # Row j of the table: how much token j covers each token, then each word.
-        table = own.new_empty(batch, n if n <= GRAM_LIMIT else 0, n + text.shape[1])
-        total = own.new_empty(batch, n)
-        for start in range(0, n, ROWS):
-            tile = likeness(own[:, start : start + ROWS])
-            total[:, start : start + ROWS] = tile.sum(2)
-            table[:, start : start + ROWS, :n] = tile[:, : table.shape[1]]
+        table = unit.new_empty(batch, n if n <= GRAM_LIMIT else 0, n + text.shape[1])
+        held = table.shape[1] > 0
+        if held:
+            gram_matrix(unit, out=table[..., :n])
+        total = unit.new_empty(batch, n)
+        for begin in range(0, n, ROWS):
+            rows = slice(begin, begin + ROWS)
+            tile = table[:, rows, :n] if held else unit[:, rows] @ unit.mT
+            total[:, rows] = self._likeness(tile).sum(2)
         share = (self.alpha / n / total)[:, None]
-        table[..., :n].mul_(share)
-        table[..., n:] = words[:, : table.shape[1]]
+        if held:
+            # The unit vectors are not needed beside the table.
+            del unit
+            table[..., :n].mul_(share)
+            table[..., n:] = words
 
         def cover(ask: Tensor) -> Tensor:
-            if table.shape[1]:
-                return table[items, ask]
-            alike = likeness(gather_tokens(own, ask)) * share
+            if held:
+                return gather_tokens(table, ask)
+            alike = self._likeness(gather_tokens(unit, ask) @ unit.mT).mul_(share)
             return torch.cat([alike, gather_tokens(words, ask)], dim=2)
 
         # The rows sum to 1 + alpha over all tokens; times N, the gains are of order 1.
         return greedy_coverage(cover, k, weight=torch.full_like(total, n))
+
+    def _likeness(self, cosine: Tensor) -> Tensor:
+        """Numerators of the softmax, in place; symmetric, so that a row serves as a column."""
+        return cosine.sub_(1).div_(self.image_temperature).exp_()

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import TIE_TOLERANCE, first_argmax, top_k_indices, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, first_argmax, gram_matrix, top_k_indices, unit_vectors
 from tokenreduce.ops.limits import require_matrix
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import DROPPED, Reduction
@@ -135,7 +135,7 @@ class PACT(Reducer):
 
     def _cluster(self, unit: Tensor, candidates: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
         """For one item: the group of each token, and where the groups stand."""
-        distance = (unit @ unit.mT).neg_().add_(1).clamp_(min=0).fill_diagonal_(0)
+        distance = gram_matrix(unit[None])[0].neg_().add_(1).clamp_(min=0).fill_diagonal_(0)
         centres = bounded_centres(distance, candidates, self.radius, k).sort().values
         nearness = distance[:, centres].neg_()
         groups = first_argmax(nearness, scale=1.0)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
-from tokenreduce.ops import TIE_TOLERANCE, counter_uniform, first_argmax, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, counter_uniform, first_argmax, gram_matrix, unit_vectors
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
@@ -122,7 +122,7 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
     held = n <= GRAM_LIMIT
     if held:
         # The unit vectors are not needed beside their Gram matrix.
-        table = table @ table.mT
+        table = gram_matrix(table)
     item = torch.arange(batch, device=features.device)[:, None]
     place = torch.arange(n, device=features.device).expand(batch, n)
     order = attention.argsort(dim=1, descending=True, stable=True)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import gather_tokens, unit_vectors
+from tokenreduce.ops import gather_tokens, gram_matrix, unit_vectors
 from tokenreduce.ops.coverage import greedy_coverage
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
@@ -94,7 +94,7 @@ class Scope(Selector):
         held = table.shape[1] <= GRAM_LIMIT
         if held:
             # The unit vectors are not needed beside their Gram matrix.
-            table = table @ table.mT
+            table = gram_matrix(table)
 
         def cover(ask: Tensor) -> Tensor:
             rows = gather_tokens(table, ask)

@@ -98,20 +98,31 @@ def compared(tokens: VisualTokens) -> Tensor:
     return tokens.signals.get("keys", tokens.features).detach()
 
 
-def merge_rounds(tokens: VisualTokens, keys: Tensor, k: int) -> Grouping:
-    """Rounds of bipartite matching until ``k`` tokens are left; keys merge as the tokens do."""
-    keys, sizes = keys.float(), tokens.sizes.float()
-    positions = torch.arange(tokens.count, device=keys.device).expand(tokens.batch, -1)
+def merge_rounds(keys: Tensor, sizes: Tensor, k: int, *, spared: int = 0) -> tuple[Tensor, Tensor]:
+    """Rounds of bipartite matching until ``k`` tokens are left; keys merge as the tokens do.
+
+    Args:
+        keys: ``(B, N, C)``, what is compared.
+        sizes: ``(B, N)`` how many tokens each stands for.
+        k: how many tokens to leave, 1 <= k <= N.
+        spared: tokens that no round halves; of two tokens one merges all the same.
+
+    Returns:
+        ``(B, N)`` group of each token in [0, k), and ``(B, k)`` where the groups stand, ascending.
+    """
+    keys, sizes = keys.float(), sizes.float()
+    positions = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
     groups = positions
     while (count := positions.shape[1]) > k:
-        matching = bipartite_soft_matching(keys, min(count - k, count // 2))
+        most = max(1, (count - spared) // 2)
+        matching = bipartite_soft_matching(keys, min(count - k, most))
         stays, order = matching.stays.sort(dim=1)
         joins = order.argsort(dim=1).gather(1, matching.groups)
         groups, positions = joins.gather(1, groups), positions.gather(1, stays)
         if stays.shape[1] > k:
             keys = merge_tokens(keys, group_weights(joins, sizes, stays.shape[1]), stays.shape[1])
             sizes = torch.zeros_like(stays, dtype=sizes.dtype).scatter_add(1, joins, sizes)
-    return Grouping(groups, positions)
+    return groups, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,4 +130,4 @@ class ToMe(Merger):
     """Merges by rounds of bipartite soft matching on the keys, or else on the features."""
 
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
-        return merge_rounds(tokens, compared(tokens), k)
+        return Grouping(*merge_rounds(compared(tokens), tokens.sizes, k))

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import TIE_TOLERANCE, top_k_indices, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, gram_matrix, top_k_indices, unit_vectors
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
 
@@ -102,7 +102,7 @@ class VisPruner(Selector):
         """The ``k`` tokens that are left of those listed, ``(b, n)`` by falling attention."""
         item = torch.arange(features.shape[0], device=features.device)[:, None]
         unit = unit_vectors(features[item, listed])
-        gram = unit @ unit.mT
+        gram = gram_matrix(unit)
         del unit
         while (count := listed.shape[1]) > k:
             left = self._rounds(gram, k, until=max(k, count // 2))

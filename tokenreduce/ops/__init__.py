@@ -22,7 +22,7 @@ from tokenreduce.ops.pooling import (
     pooled_grid,
 )
 from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax, top_k_indices
-from tokenreduce.ops.similarity import unit_vectors
+from tokenreduce.ops.similarity import gram_matrix, unit_vectors
 from tokenreduce.ops.spreading import farthest_first
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "farthest_first",
     "first_argmax",
     "gather_tokens",
+    "gram_matrix",
     "grid_map",
     "group_weights",
     "merge_tokens",

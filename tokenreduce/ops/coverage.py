@@ -12,6 +12,8 @@ from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax
 
 #: How many candidates are evaluated at once.
 CHUNK = 16
+#: How many candidates are listed at first, and how many times longer the list grows.
+LISTED, LONGER = 64, 8
 
 
 def greedy_coverage(
@@ -45,13 +47,13 @@ def greedy_coverage(
     items = torch.arange(batch, device=weight.device)
     picks = torch.empty((batch, k), dtype=torch.long, device=weight.device)
 
-    def evaluate(ask: Tensor, covered: Tensor | float) -> Tensor:
-        gain = (cover(ask) - covered).clamp_(min=0).sum(2) * weight.gather(1, ask)
+    def evaluate(ask: Tensor) -> Tensor:
+        gain = cover(ask).sub_(covered).clamp_(min=0).sum(2) * weight.gather(1, ask)
         return gain if bonus is None else gain + bonus.gather(1, ask)
 
-    everyone = torch.arange(n, device=weight.device).expand(batch, n)
-    score = torch.cat([evaluate(part, 0.0) for part in everyone.split(8 * CHUNK, dim=1)], dim=1)
     covered = torch.zeros((), device=weight.device)
+    everyone = torch.arange(n, device=weight.device).expand(batch, n)
+    score = torch.cat([evaluate(part) for part in everyone.split(CHUNK, dim=1)], dim=1)
     for step in range(k):
         newest = first_argmax(score, scale=score.amax(1, keepdim=True).clamp(min=1))
         picks[:, step] = newest
@@ -59,16 +61,36 @@ def greedy_coverage(
             break
         score[items, newest] = -torch.inf
         covered = torch.maximum(covered, cover(newest[:, None]))
-        # Picked tokens count as known: they are out.
-        known = score == -torch.inf
-        leader = score.new_full((batch,), -torch.inf)
-        while True:
-            bound, ask = score.masked_fill(known, -torch.inf).topk(min(CHUNK, n), dim=1)
-            slack = 4 * TIE_TOLERANCE * leader.clamp(min=1)
-            if not bool((bound[:, 0] >= leader - slack).any()):
-                break
-            fresh = torch.where(bound == -torch.inf, score.gather(1, ask), evaluate(ask, covered))
-            score.scatter_(1, ask, fresh)
-            known.scatter_(1, ask, True)
-            leader = score.masked_fill(~known, -torch.inf).amax(1)
+        score = _refreshed(score, evaluate)
     return picks
+
+
+def _refreshed(bound: Tensor, evaluate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scores, evaluated by falling bound until no other token can have the best one.
+
+    Args:
+        bound: ``(B, N)`` the most that each score can be, ``-inf`` for tokens that are out.
+        evaluate: from ``(B, C)`` indices of tokens to their scores.
+
+    Returns:
+        ``(B, N)`` the scores of the tokens evaluated, the bounds of the others.
+    """
+    n = bound.shape[1]
+    score = bound.clone()
+    leader = bound.new_full((bound.shape[0],), -torch.inf)
+    listed = 0
+    while listed < n:
+        # The few of largest bound mostly settle it; if not, the list begins anew.
+        listed = min(max(LISTED, LONGER * listed), n)
+        most, order = bound.topk(listed, dim=1)
+        for begin in range(0, listed, CHUNK):
+            least = leader - 4 * TIE_TOLERANCE * leader.clamp(min=1)
+            if not bool((most[:, begin] >= least).any()):
+                return score
+            ask = order[:, begin : begin + CHUNK]
+            fresh = evaluate(ask).masked_fill_(
+                most[:, begin : begin + CHUNK].isneginf(), -torch.inf
+            )
+            score.scatter_(1, ask, fresh)
+            leader = torch.maximum(leader, fresh.amax(1))
+    return score

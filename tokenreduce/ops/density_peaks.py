@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenreduce.ops.limits import require_matrix
 from tokenreduce.ops.quotas import top_mask
 from tokenreduce.ops.selection import first_argmax
+from tokenreduce.ops.similarity import gram_matrix
 
 #: Squared distances below this part of the squared lengths are rounding errors of a duplicate.
 DUPLICATE = 4e-6
@@ -126,7 +127,9 @@ def _distances(features: Tensor) -> Tensor:
     """``(B, n, n)`` Euclidean distances over sqrt(D), exactly 0 between duplicates."""
     centred = features.float() - features.float().mean(1, keepdim=True)
     squares = centred.square().sum(2)
-    distance = torch.bmm(centred, centred.mT)
+    distance = gram_matrix(centred)
+    # Not needed beside their products.
+    del centred
     rows = max(1, CACHED_ENTRIES // (distance.shape[0] * distance.shape[1]))
     for tile, own in zip(distance.split(rows, dim=1), squares.split(rows, dim=1), strict=True):
         lengths = squares[:, None] + own[..., None]

@@ -16,5 +16,7 @@ def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     """
     if tensor.ndim == 2:
         return tensor.gather(1, index)
+    if tensor.shape[0] == 1:
+        return tensor[0].index_select(0, index[0])[None]
     # Row by row; gather() would look up every entry.
     return tensor[torch.arange(tensor.shape[0], device=tensor.device)[:, None], index]

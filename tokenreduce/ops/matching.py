@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops.selection import first_argmax, top_k_indices
-from tokenreduce.ops.similarity import unit_vectors
+from tokenreduce.ops.similarity import SMALLEST_NORM, unit_vectors
 
-#: Entries of one tile of similarities: 16 Mi float32 values, 64 MiB.
-TILE_ENTRIES = 1 << 24
+#: Entries of one tile of similarities: 1 Mi float32 values, 4 MiB.
+TILE_ENTRIES = 1 << 20
 
 
 class BipartiteMatch(NamedTuple):
@@ -52,15 +52,15 @@ def bipartite_match(keys: Tensor) -> BipartiteMatch:
     Returns:
         the matches; of equally similar targets the first wins.
     """
-    unit = unit_vectors(keys)
-    sources, targets = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
-    batch, count = sources.shape[:2]
-    rows = max(1, TILE_ENTRIES // max(1, batch * targets.shape[2]))
+    # The length of a source changes no choice of a target, so sources stay as they are.
+    sources, targets = keys[:, ::2].float(), unit_vectors(keys[:, 1::2]).mT
+    length = torch.linalg.vector_norm(sources, dim=2, keepdim=True).clamp(min=SMALLEST_NORM)
+    rows = max(1, TILE_ENTRIES // max(1, keys.shape[0] * targets.shape[2]))
     best, similarity = [], []
-    for start in range(0, count, rows):
-        tile = sources[:, start : start + rows] @ targets
-        best.append(first_argmax(tile, scale=1.0))
-        similarity.append(tile.gather(2, best[-1][..., None]).squeeze(2))
+    for some, scale in zip(sources.split(rows, dim=1), length.split(rows, dim=1), strict=True):
+        tile = some @ targets
+        best.append(first_argmax(tile, scale=scale))
+        similarity.append((tile.gather(2, best[-1][..., None]) / scale).squeeze(2))
     positions = torch.arange(keys.shape[1], device=keys.device)
     return BipartiteMatch(
         positions[::2],

@@ -1,12 +1,15 @@
 """Merging tokens: a sparse linear map from source tokens to outputs."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Entries of the tensor that are weighted at once: 512 Ki float32 values, 2 MiB.
-CHUNK_ENTRIES = 1 << 19
+#: Entries of a tensor of half precision that are widened at once: 4 Mi float32 values, 16 MiB.
+CHUNK_ENTRIES = 1 << 22
+#: Channels that are widened together at least; fewer would read each cache line several times.
+LEAST_WIDTH = 32
 
 
 class MergeWeights(NamedTuple):
@@ -57,22 +60,31 @@ def merge_tokens(
     Returns:
         ``(B, M, ...)``.
     """
-    batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    batch, n = tensor.shape[:2]
     # The weights are float32, so the product is at least that wide.
     wide = torch.promote_types(tensor.dtype, weights.value.dtype)
-    merged: Tensor = tensor.new_zeros(tensor.shape[0] * count, *tensor.shape[2:], dtype=wide)
-    step = max(1, CHUNK_ENTRIES // max(1, batch.numel() * tensor[:1, :1].numel()))
-    for start in range(0, weights.value.shape[1], step):
-        output, source, value = (edge[:, start : start + step] for edge in weights)
-        value = value.reshape(*value.shape, *(1 for _ in tensor.shape[2:]))
-        contributions = (tensor[batch, source] * value).flatten(0, 1)
-        row = (output + batch * count).flatten()
-        # index_add_ is fast but atomic, hence unordered, on CUDA; index_put_ sorts there first.
-        if merged.is_cuda:
-            merged.index_put_((row,), contributions, accumulate=True)
-        else:
-            merged.index_add_(0, row, contributions)
-    return merged.reshape(tensor.shape[0], count, *tensor.shape[2:]).to(dtype or tensor.dtype)
+    item = torch.arange(batch, device=tensor.device)[:, None]
+    row, order = (weights.output + item * count).flatten().sort(stable=True)
+    source = (weights.source + item * n).flatten()[order]
+    value = weights.value.flatten()[order].to(wide)
+    ends = torch.bincount(row, minlength=batch * count).cumsum(0)
+    # Each output is one bag of rows, added up in the order of its edges, on any device.
+    bags = torch.nn.functional.pad(ends, (1, 0))
+    table = tensor.reshape(batch * n, math.prod(tensor.shape[2:]))
+    width = max(LEAST_WIDTH, CHUNK_ENTRIES // max(1, len(table)))
+    merged = [
+        torch.nn.functional.embedding_bag(
+            source,
+            part.to(wide),
+            bags,
+            mode="sum",
+            per_sample_weights=value,
+            include_last_offset=True,
+        ).to(dtype or tensor.dtype)
+        for part in ([table] if table.dtype == wide else table.split(width, dim=1))
+    ]
+    whole = torch.cat(merged, dim=1) if len(merged) > 1 else merged[0]
+    return whole.reshape(batch, count, *tensor.shape[2:])
 
 
 def compose(outer: MergeWeights, inner: MergeWeights, middle: int) -> MergeWeights:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.ops.limits import require_matrix
+from tokenreduce.ops.similarity import gram_matrix
 
 #: Similarities are rounded to multiples of this, so that noise does not tell duplicates apart.
 RESOLUTION = 2.0**-20
@@ -49,7 +50,7 @@ def maximum_spanning_tree(unit: Tensor) -> SpanningTree:
 
 
 def _grow(unit: Tensor) -> tuple[Tensor, Tensor]:
-    gram = unit @ unit.transpose(1, 2)
+    gram = gram_matrix(unit)
     gram.div_(RESOLUTION).round_().mul_(RESOLUTION)
     rows = torch.arange(unit.shape[0], device=unit.device)
     newest = torch.zeros_like(rows)

@@ -25,13 +25,13 @@ def farthest_first(unit: Tensor, k: int, *, first: Tensor, gram: Tensor | None =
     rows = torch.arange(unit.shape[0], device=unit.device)
     picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
     picks[:, 0] = first
-    distance = torch.full(unit.shape[:2], torch.inf, device=unit.device)
+    # Minus the similarity to the nearest pick, which ranks tokens as their distance does.
+    apart = torch.full(unit.shape[:2], torch.inf, device=unit.device)
     newest = first
     for step in range(1, k):
-        similarity = similarity_to(unit, newest, gram)
-        distance = torch.minimum(distance, 1 - similarity)
-        distance[rows, newest] = -torch.inf
+        torch.minimum(apart, similarity_to(unit, newest, gram).neg_(), out=apart)
+        apart[rows, newest] = -torch.inf
         # Errors of a cosine are absolute: among near-duplicates every distance is noise.
-        newest = first_argmax(distance, scale=1.0)
+        newest = first_argmax(apart, scale=1.0)
         picks[:, step] = newest
     return picks

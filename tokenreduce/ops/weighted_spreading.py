@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tokenreduce.ops.limits import require_matrix
 from tokenreduce.ops.selection import first_argmax
-from tokenreduce.ops.similarity import unit_vectors
+from tokenreduce.ops.similarity import gram_matrix, unit_vectors
 
 #: Entries of the Gram matrices held at a time: 16 Mi float32 values, 64 MiB.
 TILE_ENTRIES = 1 << 24
@@ -41,7 +41,7 @@ def _pick(unit: Tensor, weights: Tensor, k: int) -> Tensor:
         return picks
     rows = torch.arange(unit.shape[0], device=unit.device)
     # Row i holds the weighted distances of all candidates to i.
-    apart = (1 - unit @ unit.transpose(1, 2)).mul_(weights[:, None])
+    apart = gram_matrix(unit).neg_().add_(1).mul_(weights[:, None])
     scale = weights.abs().amax(1, keepdim=True)
     apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     newest = first_argmax(apart.amin(1).clamp(max=torch.finfo(torch.float32).max), scale=scale)

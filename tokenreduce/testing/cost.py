@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -118,34 +119,23 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def peak_growth(call: Callable[[], object]) -> int | None:
     """Bytes by which the resident set grows at its peak in a call, made in a child process.
 
-    The child begins with the memory of this process as its high-water mark, less what the
-    allocator keeps for later, which is given back first.
+    The child makes the call twice, and the second counts: the first maps the pages of libraries,
+    which are no memory used.
     """
     if not sys.platform.startswith("linux"):
         return None
-    import resource
-
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
-    tunable = hasattr(library, "malloc_trim") and hasattr(library, "mallopt")
-    if tunable:
-        library.malloc_trim(0)
     receives, sends = os.pipe()
     with warnings.catch_warnings():
         # From Python 3.12 on a fork warns of threads; the child uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
-        if tunable:
-            # Blocks from 64 KiB on go back as they are freed; what the allocator keeps is no need.
-            library.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-        before, code = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _mapped_files()
         try:
-            call()
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            # A fork maps the pages of libraries anew as they are called; they are no memory used.
-            grown = after - before - (_mapped_files() - code)
-            os.write(sends, str(max(0, grown) * 1024).encode())
+            # A new thread has a heap of its own: free blocks of this one would be taken first and
+            # not go back.
+            with ThreadPoolExecutor(1) as thread:
+                grown = thread.submit(_growth_of_second, call).result()
+            os.write(sends, str(grown).encode())
         finally:
             os._exit(0)
     os.close(sends)
@@ -155,7 +145,22 @@ def peak_growth(call: Callable[[], object]) -> int | None:
     return int(said) if said else None
 
 
-def _mapped_files() -> int:
-    """KiB of files, libraries above all, in the resident set."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssFile"))
+def _growth_of_second(call: Callable[[], object]) -> int:
+    """Bytes by which the resident set grows at its peak in the second of two calls."""
+    import resource
+
+    torch.set_num_threads(1)
+    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    tunable = hasattr(library, "malloc_trim") and hasattr(library, "mallopt")
+    if tunable:
+        # Blocks from 64 KiB on go back as they are freed; what the allocator keeps is no need.
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    call()
+    if tunable:
+        library.malloc_trim(0)
+    # The high-water mark falls to what is resident now.
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as marks:
+        marks.write("5")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
