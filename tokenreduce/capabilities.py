@@ -76,6 +76,8 @@ class StrategyRecord:
         needs_grid: whether it runs only on tokens that form a full (t, y, x) grid.
         needs_weights: whether it runs only with weights from a file that the user names.
         wraps: whether it takes other strategies and applies them.
+        compiles: whether what it adds to its base class (``score``, ``select``, ``assign``) can be
+            compiled by torch as one graph.
         parity: ``"official"``: equals official code on recorded cases; ``"description"``: written
             from a published description; ``"none"``: there is no official code.
         paper: arXiv identifier, or an empty string.
@@ -97,6 +99,7 @@ class StrategyRecord:
     needs_grid: bool = False
     needs_weights: bool = False
     wraps: bool = False
+    compiles: bool = False
     parity: Parity = "none"
     paper: str = ""
     extra: str = ""
@@ -117,7 +120,7 @@ class StrategyRecord:
                 )
         for name, kind in (
             *((text, str) for text in ("summary", "paper", "extra")),
-            *((flag, bool) for flag in ("needs_grid", "needs_weights", "wraps")),
+            *((flag, bool) for flag in ("needs_grid", "needs_weights", "wraps", "compiles")),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind):

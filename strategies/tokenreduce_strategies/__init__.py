@@ -32,6 +32,7 @@ def register_strategies(register: Register) -> None:
         kind="prune",
         cost="score",
         parity="none",
+        compiles=True,
     )
     register(
         "divprune",

@@ -1,4 +1,4 @@
-"""The conformance kit: does a strategy keep the contract that the framework relies on?
+"""The conformance kits: does a plugin keep the contract that the framework relies on?
 
     from tokenreduce.testing import parametrize_checks
 
@@ -6,12 +6,17 @@
     def test_conformance(check):
         check()
 
-Everything but :func:`parametrize_checks` works without pytest.
+There is a kit for strategies, neighbour backends, quantizers and model adapters. Everything but the
+functions whose names begin with ``parametrize`` works without pytest.
 """
 
-from tokenreduce.testing.checks import CHECKS, Check
+from tokenreduce.testing.adapters import parametrize_adapter_checks, run_adapter_checks
+from tokenreduce.testing.check import Check, CheckFailed
+from tokenreduce.testing.checks import CHECKS
 from tokenreduce.testing.kit import CheckResult, parametrize_checks, run_checks
-from tokenreduce.testing.subject import CheckFailed, StrategyLike, Subject
+from tokenreduce.testing.neighbors import parametrize_neighbor_checks, run_neighbor_checks
+from tokenreduce.testing.quantizers import parametrize_quantizer_checks, run_quantizer_checks
+from tokenreduce.testing.subject import StrategyLike, Subject
 
 __all__ = [
     "CHECKS",
@@ -20,6 +25,12 @@ __all__ = [
     "CheckResult",
     "StrategyLike",
     "Subject",
+    "parametrize_adapter_checks",
     "parametrize_checks",
+    "parametrize_neighbor_checks",
+    "parametrize_quantizer_checks",
+    "run_adapter_checks",
     "run_checks",
+    "run_neighbor_checks",
+    "run_quantizer_checks",
 ]

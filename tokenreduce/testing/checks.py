@@ -1,16 +1,13 @@
-"""The checks. Each has a name, a one-line meaning, and checks that must pass before it says much.
-
-A check is a function of a :class:`~tokenreduce.testing.subject.Subject`; it returns, or calls
-``fail``. Inputs are small and random, so a run takes a second or two.
-"""
+"""The checks of strategies. Inputs are small and random, so a run takes a second or two."""
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -27,12 +24,12 @@ from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
+from tokenreduce.testing.check import Checks, fail
 from tokenreduce.testing.cost import measure_cost, one_thread, peak_growth
 from tokenreduce.testing.subject import (
     Subject,
     assignment_problem,
     equal_reductions,
-    fail,
     feature_problem,
     position_problem,
     shape_problem,
@@ -41,31 +38,7 @@ from tokenreduce.testing.subject import (
 )
 from tokenreduce.tokens import Layout, VisualTokens
 
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A named check.
-
-    Attributes:
-        name: what to call it, in expected failures too.
-        meaning: one line.
-        run: the function.
-        after: checks without which this one says nothing.
-        applies: why it does not apply to a subject; empty if it does.
-        leaves: errors that are the finding of another check.
-        slow: whether it takes seconds, and so runs only when asked for.
-    """
-
-    name: str
-    meaning: str
-    run: Callable[[Subject], None]
-    after: tuple[str, ...] = ()
-    applies: Callable[[Subject], str] = lambda subject: ""
-    leaves: tuple[type[TokenReduceError], ...] = ()
-    slow: bool = False
-
-
-CHECKS: dict[str, Check] = {}
+CHECKS: Checks[Subject] = Checks()
 
 #: What every check of behaviour builds upon.
 CONTRACT = (
@@ -79,22 +52,6 @@ CONTRACT = (
 )
 
 
-def _check(
-    name: str,
-    *,
-    after: tuple[str, ...] = (),
-    applies: Callable[[Subject], str] = lambda subject: "",
-    leaves: tuple[type[TokenReduceError], ...] = (),
-    slow: bool = False,
-) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        meaning = (run.__doc__ or "").strip().partition("\n")[0]
-        CHECKS[name] = Check(name, meaning, run, after, applies, leaves, slow)
-        return run
-
-    return add
-
-
 def _not_for_wrappers(subject: Subject) -> str:
     return "a wrapper's options hold strategies" if subject.record.wraps else ""
 
@@ -103,7 +60,7 @@ def _not_without_budget(subject: Subject) -> str:
     return "" if subject.takes_budget else "it takes no budget"
 
 
-@_check("record")
+@CHECKS.add("record")
 def check_record(subject: Subject) -> None:
     """The registered name resolves to this class, and record and class agree."""
     record, reducer = subject.record, subject.create(keep=2)
@@ -129,7 +86,7 @@ def check_record(subject: Subject) -> None:
         )
 
 
-@_check("frozen")
+@CHECKS.add("frozen")
 def check_frozen(subject: Subject) -> None:
     """An instance is a frozen dataclass: hashable, and equal to its pickled copy."""
     reducer = subject.create(keep=2)
@@ -152,7 +109,7 @@ def check_frozen(subject: Subject) -> None:
         fail("differs from its pickled copy")
 
 
-@_check("yaml", after=("frozen",), applies=_not_for_wrappers)
+@CHECKS.add("yaml", after=("frozen",), applies=_not_for_wrappers)
 def check_yaml(subject: Subject) -> None:
     """The options are plain data, and come back from YAML as they were."""
     reducer = subject.create(keep=2)
@@ -161,21 +118,22 @@ def check_yaml(subject: Subject) -> None:
         options = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # noqa: BLE001 (any failure of the library is the finding)
         fail(f"has options that are not plain data ({type(error).__name__}): {reducer.options()}")
-    if _rebuilt(reducer, options) != reducer:
+    copy = _rebuilt(reducer, options)
+    if copy != reducer or copy.options() != reducer.options():
         fail(f"differs from its copy by way of YAML: {options}")
 
 
 def _rebuilt(reducer: Reducer, options: Any) -> Reducer:
-    before = reducer.options()
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(before[name], tuple) else value
-        for name, value in options.items()
-    }
-    plain.update({name: getattr(reducer, name) for name in BUDGET_FIELDS})
-    return type(reducer)(**plain)
+    given = {name: value for name, value in options.items() if name in _given(reducer)}
+    given.update({name: getattr(reducer, name) for name in BUDGET_FIELDS})
+    return type(reducer)(**given)
 
 
-@_check("signals")
+def _given(reducer: Reducer) -> set[str]:
+    return {field.name for field in dataclasses.fields(reducer) if field.init}
+
+
+@CHECKS.add("signals")
 def check_signals(subject: Subject) -> None:
     """It reads the signals that its record declares, and complains when one is missing."""
     tokens = subject.image(5, 7)
@@ -191,6 +149,8 @@ def check_signals(subject: Subject) -> None:
         pass
     if not _reads_only_what_it_declares(subject, reducer, tokens):
         fail("gives another result when it is offered signals that its record does not declare")
+    for name in _unread(subject):
+        fail(f"declares the signal {name!r}, but gives the same result whatever it holds")
     for name in subject.needs:
         others = {key: value for key, value in tokens.signals.items() if key != name}
         try:
@@ -198,6 +158,30 @@ def check_signals(subject: Subject) -> None:
         except MissingSignal:
             continue
         fail(f"declares the signal {name!r}, but raised no MissingSignal without it")
+
+
+def _unread(subject: Subject) -> list[str]:
+    """Declared signals that change nothing, as far as that can be told."""
+    if subject.record.needs_weights:
+        # What they hold decides what is looked at.
+        return []
+    return [name for name in subject.needs if not _changes_something(subject, name)]
+
+
+def _changes_something(subject: Subject, name: str) -> bool:
+    for seed in range(4):
+        tokens, other = subject.image(5, 7, seed=seed), subject.image(5, 7, seed=seed + 50)
+        signals = {**tokens.signals, name: other.signals[name]}
+        swapped = VisualTokens(tokens.features, tokens.layout, signals=signals)
+        for keep in (3, 9, 20):
+            reducer = subject.create(keep=keep)
+            try:
+                if equal_reductions(reducer(tokens), reducer(swapped)):
+                    return True
+            except TokenReduceError:
+                # Another check's business.
+                return True
+    return False
 
 
 def _reads_only_what_it_declares(subject: Subject, reducer: Reducer, tokens: VisualTokens) -> bool:
@@ -211,7 +195,7 @@ def _reads_only_what_it_declares(subject: Subject, reducer: Reducer, tokens: Vis
     return bool(equal_reductions(plain, again)) or not equal_reductions(plain, offered)
 
 
-@_check("shapes", after=("signals",), leaves=(PositionsError,))
+@CHECKS.add("shapes", after=("signals",), leaves=(PositionsError,))
 def check_shapes(subject: Subject) -> None:
     """Outputs have the shapes, types and device of the contract."""
     for batch in (1, 2):
@@ -223,7 +207,7 @@ def check_shapes(subject: Subject) -> None:
             fail(f"{problem} (keep=9 of 35, batch of {batch})")
 
 
-@_check("budget", after=("shapes",), leaves=(PositionsError,))
+@CHECKS.add("budget", after=("shapes",), leaves=(PositionsError,))
 def check_budget(subject: Subject) -> None:
     """It keeps what the budget says, however stated; less only if its count class allows."""
     for grid in ((6, 6), (5, 7), (1, 13)):
@@ -251,7 +235,7 @@ def check_budget(subject: Subject) -> None:
                     )
 
 
-@_check("positions", after=("budget",))
+@CHECKS.add("positions", after=("budget",))
 def check_positions(subject: Subject) -> None:
     """Outputs stand at unique, ascending source positions."""
     tokens = subject.image(5, 7, batch=2)
@@ -261,7 +245,7 @@ def check_positions(subject: Subject) -> None:
             fail(f"{problem} (keep={keep} of 35)")
 
 
-@_check("assignment", after=("positions",))
+@CHECKS.add("assignment", after=("positions",))
 def check_assignment(subject: Subject) -> None:
     """Each source token goes to an output or is dropped; outputs own the tokens they stand at."""
     tokens = subject.image(5, 7, batch=2)
@@ -271,7 +255,7 @@ def check_assignment(subject: Subject) -> None:
             fail(f"{problem} (keep={keep} of 35)")
 
 
-@_check("features", after=("assignment",))
+@CHECKS.add("features", after=("assignment",))
 def check_features(subject: Subject) -> None:
     """Output features are what positions and weights make of the source features."""
     tokens = subject.image(5, 7, batch=2)
@@ -281,7 +265,7 @@ def check_features(subject: Subject) -> None:
             fail(f"{problem} (keep={keep} of 35)")
 
 
-@_check("no-mutation", after=("features",))
+@CHECKS.add("no-mutation", after=("features",))
 def check_no_mutation(subject: Subject) -> None:
     """Inputs are left as they were."""
     plain = subject.image(5, 7, batch=2)
@@ -290,6 +274,7 @@ def check_no_mutation(subject: Subject) -> None:
     inputs: dict[str, Tensor] = {
         "features": tokens.features,
         "coords": tokens.layout.coords,
+        "protected": tokens.layout.protected,
         "sizes": sizes,
         **tokens.signals,
     }
@@ -300,7 +285,7 @@ def check_no_mutation(subject: Subject) -> None:
             fail(f"wrote into its input {name!r}")
 
 
-@_check("kind", after=CONTRACT)
+@CHECKS.add("kind", after=CONTRACT)
 def check_kind(subject: Subject) -> None:
     """A strategy registered as pruning returns source tokens bit by bit."""
     tokens = subject.image(5, 7, batch=2)
@@ -310,7 +295,7 @@ def check_kind(subject: Subject) -> None:
         fail("is registered as kind='prune', but changes the tokens that it keeps")
 
 
-@_check("keep-all", after=CONTRACT, applies=_not_without_budget)
+@CHECKS.add("keep-all", after=CONTRACT, applies=_not_without_budget)
 def check_keep_all(subject: Subject) -> None:
     """With a budget of all tokens or more, everything stays bit-identical, with a reason."""
     tokens = subject.image(4, 5)
@@ -322,30 +307,54 @@ def check_keep_all(subject: Subject) -> None:
             fail(f"gave no reason for keeping all with {budget} of 20")
 
 
-@_check("determinism", after=CONTRACT)
+@CHECKS.add("determinism", after=CONTRACT)
 def check_determinism(subject: Subject) -> None:
     """The same input gives the same bits, whatever was called before, and no global randomness."""
-    tokens = subject.image(5, 7)
+    tokens, other = subject.image(5, 7), subject.image(5, 7, seed=1)
     reducer = subject.create(keep=9)
-    before = torch.get_rng_state()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    runs = []
     try:
-        runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            state = torch.get_rng_state()
+            random.seed(seed)
+            np.random.seed(seed)
+            states = _random_states()
             runs.append(reducer(tokens))
-            if not torch.equal(torch.get_rng_state(), state):
-                fail("draws from the global random state: seed from content (ops.content_seed)")
+            for library, state in _random_states().items():
+                if state != states[library]:
+                    fail(
+                        f"draws from the global random state of {library}: seed from content "
+                        "(ops.content_seed)"
+                    )
     finally:
-        torch.set_rng_state(before)
-    runs.append(subject.create(keep=9)(tokens))
-    for run in runs[1:]:
-        problem = equal_reductions(runs[0], run)
-        if problem or not torch.equal(runs[0].features, run.features):
-            fail(f"{problem or 'returned different bits'} for the same input, called again")
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+    _compare_bits(runs[0], runs[1], "for the same input, called again")
+    # Another input of the same shape, and others of other shapes, have come between.
+    reducer(subject.image(1, 13))
+    meanwhile = reducer(other)
+    _compare_bits(runs[0], reducer(tokens), "for the same input, after others")
+    _compare_bits(meanwhile, subject.create(keep=9)(other), "than a new instance")
+    _compare_bits(runs[0], subject.create(keep=9)(tokens), "than a new instance")
 
 
-@_check("batch-invariance", after=(*CONTRACT, "determinism"))
+def _random_states() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "random": random.getstate(),
+        "numpy": str(np.random.get_state(legacy=False)),
+    }
+
+
+def _compare_bits(one: Reduction, other: Reduction, when: str) -> None:
+    problem = equal_reductions(one, other)
+    if problem or not torch.equal(one.features, other.features):
+        fail(f"{problem or 'returned different bits'} {when}")
+
+
+@CHECKS.add("batch-invariance", after=(*CONTRACT, "determinism"))
 def check_batch_invariance(subject: Subject) -> None:
     """An item is reduced alike alone, in a batch, and in another order."""
     layout = Layout.from_grid((5, 7))
@@ -371,7 +380,7 @@ def check_batch_invariance(subject: Subject) -> None:
                 fail(f"{problem} for an item alone and in a batch of 3 (order {order})")
 
 
-@_check("layouts", after=(*CONTRACT, "frozen", "determinism"))
+@CHECKS.add("layouts", after=(*CONTRACT, "frozen", "determinism"))
 def check_layouts(subject: Subject) -> None:
     """Images, clips, rows and tiles are served, apart and packed together."""
     items = [
@@ -396,7 +405,7 @@ def check_layouts(subject: Subject) -> None:
             fail(f"{problem} for an item alone and packed with others")
 
 
-@_check(
+@CHECKS.add(
     "grid",
     after=CONTRACT,
     applies=lambda subject: "" if subject.record.needs_grid else "it needs no grid",
@@ -410,7 +419,7 @@ def check_grid(subject: Subject) -> None:
     fail("is registered with needs_grid=True, but took tiles without a TokensError")
 
 
-@_check("protected", after=CONTRACT)
+@CHECKS.add("protected", after=CONTRACT)
 def check_protected(subject: Subject) -> None:
     """Protected tokens survive bit-identically, outside the budget."""
     layout = with_markers(Layout.from_grid((4, 6)), (4, 6))
@@ -435,7 +444,7 @@ def check_protected(subject: Subject) -> None:
                 fail("changed a protected token")
 
 
-@_check("dtypes", after=CONTRACT)
+@CHECKS.add("dtypes", after=CONTRACT)
 def check_dtypes(subject: Subject) -> None:
     """float32, bfloat16 and float16 come out as they went in, finite."""
     source = subject.image(5, 7, batch=2)
@@ -458,7 +467,7 @@ def check_dtypes(subject: Subject) -> None:
             fail(f"returned NaN or infinity for finite {dtype} features")
 
 
-@_check("gradients", after=CONTRACT)
+@CHECKS.add("gradients", after=(*CONTRACT, "globals"))
 def check_gradients(subject: Subject) -> None:
     """Gradients reach every kept token."""
     source = subject.image(5, 7, batch=2)
@@ -478,7 +487,7 @@ def check_gradients(subject: Subject) -> None:
         fail("passed no gradient to a kept token")
 
 
-@_check("non-finite", after=CONTRACT)
+@CHECKS.add("non-finite", after=CONTRACT)
 def check_non_finite(subject: Subject) -> None:
     """NaN and infinity in the features raise a TokensError."""
     for value in (float("nan"), float("inf")):
@@ -491,7 +500,7 @@ def check_non_finite(subject: Subject) -> None:
         fail(f"took features that hold {value} without a TokensError")
 
 
-@_check("degenerate", after=CONTRACT)
+@CHECKS.add("degenerate", after=CONTRACT)
 def check_degenerate(subject: Subject) -> None:
     """Equal tokens, zeros, one token, one frame and one row or column are reduced like others."""
     for fill in (0.0, 1.0):
@@ -527,7 +536,7 @@ def _reduce_odd(
         fail(f"{problem} ({name}, keep={keep})")
 
 
-@_check("non-contiguous", after=(*CONTRACT, "determinism"))
+@CHECKS.add("non-contiguous", after=(*CONTRACT, "determinism"))
 def check_non_contiguous(subject: Subject) -> None:
     """Tensors that are not contiguous give what their contiguous copies give."""
     tokens = subject.image(5, 7, batch=2)
@@ -550,7 +559,7 @@ def check_non_contiguous(subject: Subject) -> None:
         fail(f"{problem} for tensors that are not contiguous")
 
 
-@_check("no-budget", after=CONTRACT)
+@CHECKS.add("no-budget", after=CONTRACT)
 def check_no_budget(subject: Subject) -> None:
     """Without a budget, an adaptive strategy decides by itself; any other raises BudgetError."""
     if subject.record.wraps:
@@ -584,7 +593,7 @@ def _without_limit(subject: Subject) -> str:
     return "" if cost in COST_LIMIT else f"no limit is set for the cost class {cost!r}"
 
 
-@_check("cost", after=CONTRACT, applies=_without_limit, slow=True)
+@CHECKS.add("cost", after=CONTRACT, applies=_without_limit, slow=True)
 def check_cost(subject: Subject) -> None:
     """It takes no longer than its cost class allows, in products of the features' Gram matrix."""
     tokens = subject.tokens(Layout.from_grid(TIMED), channels=WIDTH)
@@ -603,7 +612,7 @@ def _not_per_frame(subject: Subject) -> str:
     return "" if subject.record.cost == "per_frame" else "its cost class is not 'per_frame'"
 
 
-@_check("frames", after=CONTRACT, applies=_not_per_frame, slow=True)
+@CHECKS.add("frames", after=CONTRACT, applies=_not_per_frame, slow=True)
 def check_frames(subject: Subject) -> None:
     """Four times the frames take about four times as long, if its cost class is per_frame."""
     times = []
@@ -619,7 +628,7 @@ def check_frames(subject: Subject) -> None:
         )
 
 
-@_check("memory", after=CONTRACT, slow=True)
+@CHECKS.add("memory", after=CONTRACT, slow=True)
 def check_memory(subject: Subject) -> None:
     """Beside its inputs it needs no more than 1.5 matrices of tokens by tokens."""
     tokens = subject.tokens(Layout.from_grid(WEIGHED), channels=WIDTH)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from tokenreduce.api import create_strategy, strategy_info
 from tokenreduce.budget import Budget
 from tokenreduce.capabilities import StrategyRecord
-from tokenreduce.errors import BudgetError, RegistrationError, TokenReduceError
+from tokenreduce.errors import BudgetError, RegistrationError
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
+from tokenreduce.testing.check import Problem as Problem
 from tokenreduce.tokens import Layout, VisualTokens
 
 #: A registered name, a class, an instance, or a function from a budget to an instance.
@@ -23,25 +24,6 @@ StrategyLike = str | type[Reducer] | Reducer | Callable[..., Reducer]
 
 #: Words of a synthetic prompt, and channels of synthetic features.
 PROMPT, CHANNELS = 5, 16
-
-
-class CheckFailed(TokenReduceError, AssertionError):
-    """A strategy does not conform: names the check, the strategy and what was expected."""
-
-    def __init__(self, check: str, strategy: str, problem: str) -> None:
-        super().__init__(f"check {check!r}: strategy {strategy!r} {problem}")
-        self.check = check
-        self.strategy = strategy
-        self.problem = problem
-
-
-class Problem(Exception):
-    """What a check found; the kit adds which check and which strategy."""
-
-
-def fail(problem: str) -> NoReturn:
-    """End a check: the strategy ``problem`` (a phrase such as "kept 3 tokens, expected 2")."""
-    raise Problem(problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +129,7 @@ class Subject:
         }
         if not self.record.needs_grid:
             layouts["tiles"] = tiles()
+            layouts["what an earlier stage left"] = thinned()
         return layouts
 
     def tokens(
@@ -186,6 +169,12 @@ def tiles() -> Layout:
         Layout.from_grid((4, 3), block=2),
     ]
     return Layout(torch.cat([part.coords for part in parts]))
+
+
+def thinned() -> Layout:
+    """A clip of 3 x 4 x 4 tokens without every third."""
+    index = torch.arange(48)
+    return Layout.from_grid((3, 4, 4)).select(index[index % 3 != 1])
 
 
 def with_markers(layout: Layout, grid: tuple[int, int]) -> Layout:
