@@ -45,6 +45,10 @@ class PluginError(TokenReduceError, RuntimeError):
     """A plugin failed to load (raised in strict mode only; otherwise recorded)."""
 
 
+class ProjectError(TokenReduceError, ValueError):
+    """A plugin package cannot be written: its name or its folder."""
+
+
 class MissingExtra(TokenReduceError, ImportError):
     """An optional dependency is not installed."""
 

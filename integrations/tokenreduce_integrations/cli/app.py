@@ -16,6 +16,7 @@ from tokenreduce_integrations.cli import (
     demo,
     info,
     listing,
+    new,
     plugins,
     run,
     show,
@@ -69,3 +70,4 @@ app.command("info")(info.info)
 app.command("check")(check.check)
 app.command("cite")(cite.cite)
 app.command("plugins")(plugins.plugins)
+app.command("new")(new.new)

@@ -26,6 +26,7 @@ LIGHT = [
     ["demo", "--help"],
     ["show", "--help"],
     ["check", "--help"],
+    ["new", "--help"],
 ]
 
 WITHOUT_TORCH = """
@@ -52,7 +53,7 @@ def test_light_commands_import_no_torch(arguments: list[str]) -> None:
 
 def test_help_names_every_command(tokenreduce) -> None:
     text = tokenreduce("--help").stdout
-    for command in ("demo", "run", "show", "list", "info", "check", "cite", "plugins"):
+    for command in ("demo", "run", "show", "list", "info", "check", "cite", "plugins", "new"):
         assert command in text
 
 
