@@ -41,8 +41,8 @@ TRAINING_TYPES: Final = (*QUESTION_TYPES, "row", "column")
 PATCH_LABELS: Final = 1 + len(SHAPES) * len(COLORS) + 10
 """Number of patch labels: background, every shape in every colour, every digit."""
 
-_SPLIT_CODES: Final[dict[Split, int]] = {"train": 0, "test": 1}
-_COLOR_VALUES: Final = {
+SPLIT_CODES: Final[dict[Split, int]] = {"train": 0, "test": 1}
+COLOR_VALUES: Final = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
     "blue": (50, 80, 230),
@@ -56,7 +56,7 @@ _BAND_SIZE: Final = 16
 _OBJECTS: Final = (2, 4)
 _SHAPE_RADII: Final = (5, 10)
 _DIGIT_RADII: Final = (7, 9)
-_NOISE: Final = (2.0, 8.0)
+NOISE: Final = (2.0, 8.0)
 _RELATION_MARGIN: Final = 10
 _QUADRANT_MARGIN: Final = 6
 _BAND_MARGIN: Final = 2
@@ -130,8 +130,8 @@ class SceneGenerator:
     """
 
     def __init__(self, seed: int, split: Split = "test") -> None:
-        if split not in _SPLIT_CODES:
-            raise ValueError(f"split must be one of {sorted(_SPLIT_CODES)}, got {split!r}")
+        if split not in SPLIT_CODES:
+            raise ValueError(f"split must be one of {sorted(SPLIT_CODES)}, got {split!r}")
         self.seed = seed
         self.split: Split = split
         self._index = 0
@@ -145,14 +145,14 @@ class SceneGenerator:
 
     def scene(self, index: int) -> Scene:
         """Return the scene at a position of the sequence, whatever was sampled before."""
-        key = (self.seed, _SPLIT_CODES[self.split], index)
+        key = (self.seed, SPLIT_CODES[self.split], index)
         rng = np.random.default_rng((*key, 0))
-        image, background = _draw_background(rng)
-        _draw_clutter(rng, image)
+        image, background = draw_background(rng)
+        draw_clutter(rng, image)
         owner = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
         objects = self._draw_objects(rng, image, owner)
         noise = rng.standard_normal(image.shape, dtype=np.float32)
-        image += noise * np.float32(rng.uniform(*_NOISE))
+        image += noise * np.float32(rng.uniform(*NOISE))
         return Scene(
             image=image.clip(0, 255).astype(np.uint8),
             objects=objects,
@@ -233,8 +233,8 @@ class SceneGenerator:
                 label = _DIGIT_LABEL + digit
                 objects.append(SceneObject(shape, color, x, y, radius, digit))
             else:
-                coverage = _shape_coverage(shape, radius)
-                value += _COLOR_VALUES[color] + rng.uniform(-15, 15, 3)
+                coverage = shape_coverage(shape, radius)
+                value += COLOR_VALUES[color] + rng.uniform(-15, 15, 3)
                 label = 1 + SHAPES.index(shape) * len(COLORS) + COLORS.index(color)
                 objects.append(SceneObject(shape, color, x, y, radius))
             alpha = coverage[..., None]
@@ -257,7 +257,7 @@ def load_digits(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return images, values
 
 
-def _draw_background(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
+def draw_background(rng: np.random.Generator) -> tuple[NDArray[np.float32], str]:
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
     base = rng.uniform(70, 150) + rng.uniform(-18, 18, 3)
@@ -286,7 +286,7 @@ def _draw_background(rng: np.random.Generator) -> tuple[NDArray[np.float32], str
     return (base + (amplitude * texture + slope)[..., None]).astype(np.float32), kind
 
 
-def _draw_clutter(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
+def draw_clutter(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
     """Paint up to four grey bars: salient, and never asked about."""
     for _ in range(rng.integers(0, 5)):
         width, height = int(rng.integers(2, 4)), int(rng.integers(6, 14))
@@ -312,7 +312,7 @@ def _place(
 
 
 @cache
-def _shape_coverage(shape: str, radius: int) -> NDArray[np.float32]:
+def shape_coverage(shape: str, radius: int) -> NDArray[np.float32]:
     """Fraction of each pixel that a shape covers, float32 ``(2 * radius + 1,) * 2``."""
     oversampling = 4
     side = (2 * radius + 1) * oversampling
@@ -396,21 +396,21 @@ _Draft = tuple[str, str] | None
 _T = TypeVar("_T")
 
 
-def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
+def pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
 
 
 def _ask_color(context: _Context, rng: np.random.Generator) -> _Draft:
     if not context.unique_shapes:
         return None
-    item = _pick(rng, context.unique_shapes)
+    item = pick(rng, context.unique_shapes)
     return f"what color is the {item.shape} ?", item.color
 
 
 def _ask_shape(context: _Context, rng: np.random.Generator) -> _Draft:
     if not context.unique_colors:
         return None
-    item = _pick(rng, context.unique_colors)
+    item = pick(rng, context.unique_colors)
     return f"what shape is {item.color} ?", item.shape
 
 
@@ -423,7 +423,7 @@ def _ask_count(context: _Context, rng: np.random.Generator) -> _Draft:
     else:
         present = [item.color for item in context.shapes]
         names = [f"{name} things" for name in COLORS if present.count(name) == number]
-    return (f"how many {_pick(rng, names)} are there ?", str(number)) if names else None
+    return (f"how many {pick(rng, names)} are there ?", str(number)) if names else None
 
 
 def _ask_exist(context: _Context, rng: np.random.Generator) -> _Draft:
@@ -431,14 +431,14 @@ def _ask_exist(context: _Context, rng: np.random.Generator) -> _Draft:
         return None
     present = {(item.shape, item.color) for item in context.shapes}
     if rng.random() < 0.5:
-        shape, color = _pick(rng, sorted(present))
+        shape, color = pick(rng, sorted(present))
         return f"is there a {color} {shape} ?", "yes"
     # A shape and a colour that are both in the scene, but not together, are the hard negatives.
     for _ in range(10):
         if rng.random() < 0.75:
-            shape, color = _pick(rng, context.shapes).shape, _pick(rng, context.shapes).color
+            shape, color = pick(rng, context.shapes).shape, pick(rng, context.shapes).color
         else:
-            shape, color = _pick(rng, SHAPES), _pick(rng, COLORS)
+            shape, color = pick(rng, SHAPES), pick(rng, COLORS)
         if (shape, color) not in present:
             return f"is there a {color} {shape} ?", "no"
     return None
@@ -467,7 +467,7 @@ def _ask_where(context: _Context, rng: np.random.Generator) -> _Draft:
     ]
     if not clear:
         return None
-    item = _pick(rng, clear)
+    item = pick(rng, clear)
     return f"where is the {item.shape} ?", QUADRANTS[2 * (item.y > half) + (item.x > half)]
 
 
@@ -491,7 +491,7 @@ def _ask_column(context: _Context, rng: np.random.Generator) -> _Draft:
 def _ask_band(context: _Context, rng: np.random.Generator, word: str) -> _Draft:
     if not context.unique_shapes:
         return None
-    item = _pick(rng, context.unique_shapes)
+    item = pick(rng, context.unique_shapes)
     band, rest = divmod(item.y if word == "row" else item.x, _BAND_SIZE)
     if not _BAND_MARGIN <= rest < _BAND_SIZE - _BAND_MARGIN:
         return None

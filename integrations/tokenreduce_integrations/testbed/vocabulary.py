@@ -16,16 +16,18 @@ DIGITS: Final = tuple("0123456789")
 BACKGROUNDS: Final = ("plain", "stripes", "checks", "dots")
 QUADRANTS: Final = ("topleft", "topright", "bottomleft", "bottomright")
 RELATIONS: Final = ("left of", "right of", "above", "below")
+DIRECTIONS: Final = ("left", "right", "up", "down")
 
 PAD: Final = "<pad>"
 BOS: Final = "<s>"
 EOS: Final = "</s>"
 UNKNOWN: Final = "<unk>"
 IMAGE: Final = "<image>"
+VIDEO: Final = "<video>"
 USER: Final = "USER:"
 ASSISTANT: Final = "ASSISTANT:"
 
-WORDS: Final[tuple[str, ...]] = (
+SCENE_WORDS: Final[tuple[str, ...]] = (
     *(PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT),
     *SHAPES,
     *PLURALS.values(),
@@ -38,7 +40,13 @@ WORDS: Final[tuple[str, ...]] = (
     *("digit", "shown", "background", "left", "right", "of", "above", "below", "things", "?"),
     *("row", "column"),
 )
-"""Every word, in the order of its token id."""
+"""The words of the models that see pictures, in the order of their token ids."""
+
+WORDS: Final[tuple[str, ...]] = (
+    *SCENE_WORDS,
+    *(VIDEO, "moved", "move", "did", "first", "last", "up", "down"),
+)
+"""Every word, in the order of its token id; those beyond `SCENE_WORDS` are about clips."""
 
 TOKEN_IDS: Final[dict[str, int]] = {word: index for index, word in enumerate(WORDS)}
 """Token id of each word."""
