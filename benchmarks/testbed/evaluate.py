@@ -1,4 +1,4 @@
-"""Accuracy of an unreduced model on held-out scenes."""
+"""Accuracy of an unreduced model on held-out scenes or clips."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -7,9 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from losses import normalise
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+)
 
 from tokenreduce_integrations.testbed import packed
+from tokenreduce_integrations.testbed.clips import CLIP_QUESTION_TYPES
+from tokenreduce_integrations.testbed.evaluation import answer_questions, encode_clips
 from tokenreduce_integrations.testbed.scenes import QUESTION_TYPES, SceneGenerator
 
 BATCH_SIZE = 50
@@ -58,6 +64,29 @@ def evaluate(model: LlavaForConditionalGeneration, seed: int, images: int) -> di
             len(right[name]),
         )
         for name in QUESTION_TYPES
+    }
+
+
+def evaluate_clips(
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: LlavaOnevisionProcessor,
+    seed: int,
+    clips: int,
+) -> dict[str, TypeResult]:
+    """Ask eight distinct questions about each held-out clip of a seed."""
+    encoded = encode_clips(model, processor, seed=seed, clips=clips, types=CLIP_QUESTION_TYPES)
+    correct = answer_questions(model, encoded)
+    truth: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in encoded.questions:
+        for question in row:
+            truth[question.type][question.answer] += 1
+    return {
+        name: TypeResult(
+            float(correct[encoded.type_of == code].mean()),
+            max(truth[name].values()) / truth[name].total(),
+            truth[name].total(),
+        )
+        for code, name in enumerate(CLIP_QUESTION_TYPES)
     }
 
 

@@ -6,26 +6,44 @@
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from architecture import build_model
-from evaluate import TypeResult, evaluate, macro
-from recipes import RECIPES
+from architecture import build_model, build_video_model
+from clip_data import SEED as CLIP_SEED
+from evaluate import TypeResult, evaluate, evaluate_clips, macro
+from recipes import RECIPES, VIDEO_RECIPE, ClipStage, Stage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from train import SEEDS, VALIDATION_SEED
 from transformers import (
     CLIPImageProcessor,
-    LlavaForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
-from tokenreduce_integrations.testbed.models import model_path
-from tokenreduce_integrations.testbed.scenes import IMAGE_SIZE, PATCH_SIZE, QUESTION_TYPES
-from tokenreduce_integrations.testbed.vocabulary import BOS, EOS, IMAGE, PAD, TOKEN_IDS, UNKNOWN
+from tokenreduce_integrations.testbed.models import MODEL_NAMES, VIDEO_MODEL_NAMES, model_path
+from tokenreduce_integrations.testbed.scenes import (
+    GRID_SIZE,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+)
+from tokenreduce_integrations.testbed.vocabulary import (
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    SCENE_WORDS,
+    TOKEN_IDS,
+    UNKNOWN,
+    VIDEO,
+    WORDS,
+)
 
 CARD_SEED = 40_961
 """Seed of the scenes of the card, which no choice in training was based on."""
@@ -39,32 +57,42 @@ CHAT_TEMPLATE = (
     "{% else %}ASSISTANT: {{ m['content'][0]['text'] }} </s> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+VIDEO_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% endif %}{% endfor %}USER:",
+    "{% elif c['type'] == 'video' %}<video> {% endif %}{% endfor %}USER:",
+)
+
+PIXELS: dict[str, Any] = {
+    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.25] * 3,
+}
 
 
-def build_processor() -> LlavaProcessor:
-    """Build the processor: one token a word, images in their original size."""
-    words = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNKNOWN))
+def build_tokenizer(vocabulary: tuple[str, ...], **special: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token a word."""
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    words = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, TOKEN_IDS[BOS])]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
         pad_token=PAD,
-        extra_special_tokens={"image_token": IMAGE},
+        extra_special_tokens={"image_token": IMAGE, **special},
         padding_side="left",
     )
+
+
+def build_processor() -> LlavaProcessor:
+    """Build the processor of pictures, which keep their size."""
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            do_center_crop=False,
-            image_mean=[0.5] * 3,
-            image_std=[0.25] * 3,
-        ),
-        tokenizer=tokenizer,
+        image_processor=CLIPImageProcessor(do_center_crop=False, **PIXELS),
+        tokenizer=build_tokenizer(SCENE_WORDS),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         image_token=IMAGE,
@@ -73,9 +101,24 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def export_model(weights: dict[str, torch.Tensor], folder: Path) -> LlavaForConditionalGeneration:
+def build_video_processor() -> LlavaOnevisionProcessor:
+    """Build the processor of clips, whose frames keep their size; all frames are taken."""
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]], **PIXELS
+        ),
+        video_processor=LlavaOnevisionVideoProcessor(**PIXELS),
+        tokenizer=build_tokenizer(WORDS, video_token=VIDEO),
+        num_image_tokens=GRID_SIZE**2,
+        vision_feature_select_strategy="default",
+        chat_template=VIDEO_CHAT_TEMPLATE,
+    )
+
+
+def export_model(name: str, weights: dict[str, torch.Tensor], folder: Path) -> Any:
     """Save weights in bfloat16 with everything `from_pretrained` needs; return what it loads."""
-    model = build_model()
+    sees_clips = name in VIDEO_MODEL_NAMES
+    model = build_video_model() if sees_clips else build_model()
     model.load_state_dict(weights)
     generation = model.generation_config
     generation.bos_token_id = TOKEN_IDS[BOS]
@@ -86,8 +129,9 @@ def export_model(weights: dict[str, torch.Tensor], folder: Path) -> LlavaForCond
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    build_processor().save_pretrained(folder)
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = build_video_processor() if sees_clips else build_processor()
+    processor.save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_card(
@@ -96,35 +140,47 @@ def make_card(
     """Describe how a model was trained and what it can do."""
     reported = [
         kind
-        for kind in QUESTION_TYPES
-        if results[kind].accuracy >= results[kind].majority + REPORTED_MARGIN
+        for kind, result in results.items()
+        if result.accuracy >= result.majority + REPORTED_MARGIN
     ]
+    if name in VIDEO_MODEL_NAMES:
+        training = {
+            "command": "python benchmarks/testbed/train_video.py --out DIR",
+            "starts_from": "b",
+            "seed": CLIP_SEED,
+        }
+        stages: Sequence[Stage | ClipStage] = VIDEO_RECIPE
+        seen = "clips"
+    else:
+        training = {
+            "command": f"python benchmarks/testbed/train.py --model {name} --out DIR",
+            "seed": SEEDS[name],
+        }
+        stages, seen = RECIPES[name], "scenes"
     return {
         "model": name,
-        "command": f"python benchmarks/testbed/train.py --model {name} --out DIR",
-        "seed": SEEDS[name],
-        "stages": [{**asdict(stage), "types": dict(stage.types)} for stage in RECIPES[name]],
-        "finished": log[-1]["stage"] == RECIPES[name][-1].name
-        and log[-1]["step"] == RECIPES[name][-1].steps,
+        **training,
+        "stages": [{**asdict(stage), "types": dict(stage.types)} for stage in stages],
+        "finished": log[-1]["stage"] == stages[-1].name and log[-1]["step"] == stages[-1].steps,
         "steps": _steps(log),
-        "scenes": log[-1]["scenes"],
+        seen: log[-1][seen],
         "cpu_seconds": log[-1]["cpu_seconds"],
         "validation_seed": VALIDATION_SEED,
         "evaluation": {
             "seed": CARD_SEED,
             "split": "test",
-            "images": images,
+            "clips" if seen == "clips" else "images": images,
             "questions": sum(result.questions for result in results.values()),
             "dtype": "float32",
             "by_type": {
                 kind: {key: round(value, 4) for key, value in asdict(result).items()}
                 for kind, result in results.items()
             },
-            "macro": round(macro(results), 4),
+            "macro": round(macro(results, tuple(results)), 4),
             "macro_reported": round(macro(results, reported), 4),
         },
         "reported_types": reported,
-        "unreported_types": [kind for kind in QUESTION_TYPES if kind not in reported],
+        "unreported_types": [kind for kind in results if kind not in reported],
     }
 
 
@@ -137,10 +193,12 @@ def _steps(log: list[dict[str, Any]]) -> int:
 def main() -> None:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(RECIPES), required=True)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument("--model", choices=(*MODEL_NAMES, *VIDEO_MODEL_NAMES), required=True)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of the training")
     parser.add_argument("--out", type=Path, help="default: the folder inside the package")
-    parser.add_argument("--images", type=int, default=1000, help="held-out images for the card")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="held-out images or clips for the card"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -149,8 +207,12 @@ def main() -> None:
     records = (options.run / "log.jsonl").read_text().splitlines()
     log = [json.loads(record) for record in records]
     partial = folder.with_suffix(".partial")
-    model = export_model(checkpoint["model"], partial)
-    card = make_card(options.model, evaluate(model, CARD_SEED, options.images), log, options.images)
+    model = export_model(options.model, checkpoint["model"], partial)
+    if options.model in VIDEO_MODEL_NAMES:
+        results = evaluate_clips(model, build_video_processor(), CARD_SEED, options.images)
+    else:
+        results = evaluate(model, CARD_SEED, options.images)
+    card = make_card(options.model, results, log, options.images)
     (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -120,3 +120,81 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
         ),
     ),
 }
+
+
+CLIP_MIX = {
+    "moved": 0.18,
+    "moving": 0.14,
+    "direction": 0.22,
+    "order": 0.2,
+    "color": 0.06,
+    "count": 0.12,
+    "where": 0.05,
+    "background": 0.03,
+}
+
+
+@dataclass(frozen=True)
+class ClipStage:
+    """A part of a training run on clips.
+
+    Attributes:
+        name: Name in the log.
+        chunks: First chunk of a thousand clips, and the one after the last.
+        passes: How often they are seen, with other questions each time.
+        batch_size: Clips a step.
+        learning_rate: Peak learning rate.
+        tokens: Counts of visual tokens, one of which is drawn for each step.
+        losses: Weight of each loss.
+        types: Relative frequency of the question types.
+        plateau: Fraction of the stage at the peak learning rate, before the cosine decay.
+        horizon: Step at which the decay ends; the number of steps if None.
+    """
+
+    name: str
+    chunks: tuple[int, int]
+    passes: int
+    batch_size: int
+    learning_rate: float
+    tokens: tuple[int, ...]
+    losses: Mapping[str, float]
+    types: Mapping[str, float] = field(default_factory=lambda: CLIP_MIX)
+    plateau: float = 0.4
+    horizon: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        clips = 1000
+        return self.passes * (self.chunks[1] - self.chunks[0]) * -(-clips // self.batch_size)
+
+
+CLIP_ORDER_MIX = {
+    "moved": 0.16,
+    "moving": 0.1,
+    "direction": 0.15,
+    "order": 0.3,
+    "color": 0.06,
+    "count": 0.15,
+    "where": 0.05,
+    "background": 0.03,
+}
+
+_MOTION = {"answers": 1.0, "motions": 1.0, "kinds": 0.3, "word_motions": 0.5, "word_centres": 1.0}
+_DENSITIES = (18, 36, 72, 144, 288)
+
+VIDEO_RECIPE = (
+    ClipStage("motion", (0, 8), 2, 40, 1.2e-3, (72,), _MOTION, plateau=0.9),
+    ClipStage("densities", (0, 24), 1, 40, 1.2e-3, _DENSITIES, _MOTION, plateau=0.3, horizon=3000),
+    ClipStage(
+        "order",
+        (0, 24),
+        3,
+        40,
+        1.2e-3,
+        _DENSITIES,
+        {**_MOTION, "times": 1.0},
+        CLIP_ORDER_MIX,
+        plateau=0.3,
+    ),
+)

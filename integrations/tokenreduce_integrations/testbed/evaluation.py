@@ -15,10 +15,12 @@ whole scenes, because questions about one scene are not independent.
     reduced = answer_questions(model, encoded, tr.create_strategy("lftr", reduction=16))
     bootstrap = Bootstrap(encoded)
     print(bootstrap.macro(reduced), bootstrap.difference(reduced, unreduced))
+
+Clips go the same way, with :func:`encode_clips` and the model that sees them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -26,14 +28,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+)
 
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout, VisualTokens
+from tokenreduce_integrations.transformers.layouts import pooled_frames
+from tokenreduce_integrations.transformers.probes import TowerProbes, pools, towers
 
 from . import packed
+from .clips import ClipGenerator
 from .scenes import GRID_SIZE, Question, SceneGenerator
+
+GRID: Final = Layout.from_grid((GRID_SIZE, GRID_SIZE))
+"""Where the tokens of a scene lie."""
+PROBES: Final = TowerProbes(tower=towers.image_tower, pools={"video": pools.pooled_frames})
+"""What reads signals while clips are encoded."""
 
 BATCH_SIZE: Final = 50
 """Scenes that are encoded, reduced and answered at once."""
@@ -50,19 +65,23 @@ Correct = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedScenes:
-    """Held-out scenes as a language model reads them, with their questions.
+    """Held-out scenes or clips as a language model reads them, with their questions.
 
     Attributes:
-        features: projected visual tokens, float32 ``(S, 144, D)``.
+        features: projected visual tokens, float32 ``(S, N, D)``.
         questions: the distinct questions about each scene; S entries.
         types: the question types that are asked, in order.
         seed: seed of the scene generator.
+        layout: where the N tokens lie: the 144 of a scene, or those of a clip.
+        signals: of the vision encoder, ``(S, N, ...)`` each, for strategies that read them.
     """
 
     features: Tensor
     questions: tuple[tuple[Question, ...], ...]
     types: tuple[str, ...]
     seed: int
+    layout: Layout = GRID
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def scene_of(self) -> NDArray[np.int64]:
@@ -115,8 +134,67 @@ def encode_scenes(
 
 
 @torch.no_grad()
+def encode_clips(
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: LlavaOnevisionProcessor,
+    *,
+    seed: int,
+    clips: int,
+    types: Sequence[str],
+    signals: Sequence[str] = (),
+) -> EncodedScenes:
+    """Render held-out clips, ask about them and encode them.
+
+    Args:
+        model: the testbed model that sees clips.
+        processor: its processor.
+        seed: selects the clips. Parameters are tuned on other seeds than results are reported on.
+        clips: how many, at least 1.
+        types: question types to ask.
+        signals: what to read of the vision encoder beside the features, such as
+            ``"class_attention"``.
+
+    Raises:
+        ValueError: if there are no clips or no types, or a type is unknown.
+    """
+    if clips < 1 or not types:
+        raise ValueError(f"nothing to evaluate: {clips} clips, question types {list(types)}")
+    generator = ClipGenerator(seed, "test")
+    probe = PROBES(model.model, signals, None)
+    features, questions = [], []
+    caught: dict[str, list[Tensor]] = {name: [] for name in signals}
+    try:
+        for start in range(0, clips, BATCH_SIZE):
+            drawn = [generator.clip(i) for i in range(start, min(start + BATCH_SIZE, clips))]
+            frames = [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in drawn]
+            inputs = processor.video_processor(frames, return_tensors="pt")
+            probe.begin()
+            found = model.get_video_features(**inputs).pooler_output
+            for item in probe.read("video", found, inputs):
+                for name, signal in item.items():
+                    caught[name].append(signal.float())
+            features.append(found.float())
+            questions += [
+                tuple(generator.questions(clip, count=QUESTIONS, types=types)) for clip in drawn
+            ]
+    finally:
+        probe.detach()
+    (layout,) = pooled_frames(model.model, features[0][:1], inputs)
+    return EncodedScenes(
+        features=torch.cat(features),
+        questions=tuple(questions),
+        types=tuple(types),
+        seed=seed,
+        layout=layout,
+        signals={name: torch.stack(parts) for name, parts in caught.items()},
+    )
+
+
+@torch.no_grad()
 def answer_questions(
-    model: LlavaForConditionalGeneration, encoded: EncodedScenes, reducer: Reducer | None = None
+    model: LlavaForConditionalGeneration | LlavaOnevisionForConditionalGeneration,
+    encoded: EncodedScenes,
+    reducer: Reducer | None = None,
 ) -> Correct:
     """Answer every question from the reduced tokens of its scene.
 
@@ -130,7 +208,7 @@ def answer_questions(
 
     Raises:
         BudgetError: if the reducer has no budget and does not decide by itself.
-        MissingSignal: if the reducer reads more than features.
+        MissingSignal: if the reducer reads more than features and the encoded signals.
     """
     right: list[bool] = []
     # Dense batches need equal counts, which a strategy that decides from the data does not give.
@@ -138,19 +216,27 @@ def answer_questions(
     for start in range(0, len(encoded.questions), size):
         rows = encoded.questions[start : start + size]
         features = encoded.features[start : start + size]
-        positions = packed.image_positions(len(features))
+        unreduced = features.shape[1]
+        positions = packed.image_positions(len(features), unreduced)
         if reducer is not None:
-            reduction = reduce_features(reducer, features)
+            signals = {k: signal[start : start + size] for k, signal in encoded.signals.items()}
+            reduction = reduce_features(reducer, features, encoded.layout, signals)
             features, positions = reduction.features, positions.gather(1, reduction.positions)
         texts = [[question.text for question in row] for row in rows]
-        for row, words in zip(rows, packed.answer(model, features, positions, texts), strict=True):
+        answers = packed.answer(model, features, positions, texts, unreduced=unreduced)
+        for row, words in zip(rows, answers, strict=True):
             right += [word == question.answer for question, word in zip(row, words, strict=True)]
     return np.array(right, bool)
 
 
-def reduce_features(reducer: Reducer, features: Tensor) -> Reduction:
-    """Reduce projected features ``(B, 144, D)`` of scenes."""
-    return reducer(VisualTokens(features, Layout.from_grid((GRID_SIZE, GRID_SIZE))))
+def reduce_features(
+    reducer: Reducer,
+    features: Tensor,
+    layout: Layout = GRID,
+    signals: Mapping[str, Tensor] | None = None,
+) -> Reduction:
+    """Reduce projected features ``(B, N, D)`` of scenes or clips of one layout."""
+    return reducer(VisualTokens(features, layout, signals=dict(signals or {})))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,18 +281,24 @@ class Bootstrap:
             if asked[index]
         }
 
-    def macro(self, correct: Correct) -> Estimate:
-        """Mean over question types of the accuracy."""
-        return self._estimate(*self._macros(correct))
+    def macro(self, correct: Correct, types: Sequence[str] | None = None) -> Estimate:
+        """Mean over question types of the accuracy: over all that are asked, or over some."""
+        return self._estimate(*self._macros(correct, types))
 
-    def difference(self, correct: Correct, other: Correct) -> Estimate:
+    def difference(
+        self, correct: Correct, other: Correct, types: Sequence[str] | None = None
+    ) -> Estimate:
         """Macro accuracy of the first minus that of the second, on the same questions."""
-        (value, values), (base, bases) = self._macros(correct), self._macros(other)
+        (value, values), (base, bases) = self._macros(correct, types), self._macros(other, types)
         return self._estimate(value - base, values - bases)
 
-    def share(self, correct: Correct, unreduced: Correct) -> Estimate:
+    def share(
+        self, correct: Correct, unreduced: Correct, types: Sequence[str] | None = None
+    ) -> Estimate:
         """Macro accuracy as a share of the unreduced one."""
-        (value, values), (base, bases) = self._macros(correct), self._macros(unreduced)
+        (value, values), (base, bases) = (
+            self._macros(answers, types) for answers in (correct, unreduced)
+        )
         return self._estimate(value / base, values / bases)
 
     def _by_scene(self, values: NDArray[np.bool_] | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -215,10 +307,13 @@ class Bootstrap:
         np.add.at(sums, (self._encoded.scene_of, self._encoded.type_of), values)
         return sums
 
-    def _macros(self, correct: Correct) -> tuple[float, NDArray[np.float64]]:
-        right = self._by_scene(correct)
-        whole = _macro(right.sum(0)[None], self._asked.sum(0)[None])
-        return float(whole[0]), _macro(self._weights @ right, self._weights @ self._asked)
+    def _macros(
+        self, correct: Correct, types: Sequence[str] | None = None
+    ) -> tuple[float, NDArray[np.float64]]:
+        columns = [self._encoded.types.index(name) for name in types or self._encoded.types]
+        right, asked = self._by_scene(correct)[:, columns], self._asked[:, columns]
+        whole = _macro(right.sum(0)[None], asked.sum(0)[None])
+        return float(whole[0]), _macro(self._weights @ right, self._weights @ asked)
 
     def _estimate(self, value: float, values: NDArray[np.float64]) -> Estimate:
         tail = (1 - CONFIDENCE) / 2

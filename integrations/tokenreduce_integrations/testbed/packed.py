@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 
 from .scenes import GRID_SIZE
 from .vocabulary import BOS, PAD, TOKEN_IDS, WORDS, encode_turn
 
 IMAGE_TOKENS = GRID_SIZE**2
 """Visual tokens of an image before any reduction; they are at positions 1 to 144."""
+
+Answering = LlavaForConditionalGeneration | LlavaOnevisionForConditionalGeneration
+"""A testbed model, which sees images or clips."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,12 @@ def packed_mask(visual_tokens: int, questions: int, width: int) -> Tensor:
 
 
 def packed_inputs(
-    model: LlavaForConditionalGeneration,
+    model: Answering,
     features: Tensor,
     positions: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
+    unreduced: int = IMAGE_TOKENS,
 ) -> dict[str, Tensor]:
     """Arguments that make the language model read visual tokens, then independent questions.
 
@@ -86,6 +90,7 @@ def packed_inputs(
         input_ids: Token ids of the questions, int64 ``(B, Q, L)``.
         attention_mask: Additive mask that broadcasts to ``(B, heads, T, T)``, made from
             `packed_mask` if None.
+        unreduced: Visual tokens in the unreduced prompt, after which the questions continue.
 
     Returns:
         ``inputs_embeds`` of shape ``(B, T, D)``, ``attention_mask`` and ``position_ids``.
@@ -96,7 +101,7 @@ def packed_inputs(
     start = torch.full((batch, 1), TOKEN_IDS[BOS], device=device)
     token_ids = torch.cat([start, input_ids.reshape(batch, -1)], 1)
     text = model.model.language_model.embed_tokens(token_ids)
-    after = torch.arange(1 + IMAGE_TOKENS, 1 + IMAGE_TOKENS + width, device=device)
+    after = torch.arange(1 + unreduced, 1 + unreduced + width, device=device)
     if attention_mask is None:
         attention_mask = additive(packed_mask(visual, questions, width), text.dtype).to(device)
     return {
@@ -109,10 +114,14 @@ def packed_inputs(
 
 
 def packed_hidden_states(
-    model: LlavaForConditionalGeneration, features: Tensor, positions: Tensor, input_ids: Tensor
+    model: Answering,
+    features: Tensor,
+    positions: Tensor,
+    input_ids: Tensor,
+    unreduced: int = IMAGE_TOKENS,
 ) -> Tensor:
     """Last hidden states of the questions, ``(B, Q, L, D)``; see `packed_inputs`."""
-    inputs = packed_inputs(model, features, positions, input_ids)
+    inputs = packed_inputs(model, features, positions, input_ids, unreduced=unreduced)
     hidden: Tensor = model.model.language_model(**inputs, use_cache=False).last_hidden_state
     return hidden[:, 1 + features.shape[1] :].reshape(*input_ids.shape, -1)
 
@@ -125,10 +134,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration,
+    model: Answering,
     features: Tensor,
     positions: Tensor,
     texts: Sequence[Sequence[str]],
+    unreduced: int = IMAGE_TOKENS,
 ) -> list[list[str]]:
     """Answer every question about every image from the image's visual tokens.
 
@@ -137,6 +147,7 @@ def answer(
         features: Visual tokens after the projector and any reduction, ``(B, V, D)``.
         positions: Positions of the visual tokens in the unreduced prompt, int64 ``(B, V)``.
         texts: The questions of each image.
+        unreduced: Visual tokens in the unreduced prompt.
 
     Returns:
         For each image and question the first word of the greedy answer.
@@ -151,13 +162,13 @@ def answer(
         )
     packed = PackedQuestions.from_texts(texts)
     input_ids, lengths = packed.input_ids.to(features.device), packed.lengths.to(features.device)
-    hidden = packed_hidden_states(model, features, positions, input_ids)
+    hidden = packed_hidden_states(model, features, positions, input_ids, unreduced)
     last = (lengths - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, hidden.shape[-1])
     logits = model.lm_head(hidden.gather(2, last).squeeze(2))
     words = logits.argmax(-1).tolist()
     return [[WORDS[w] for w in row[: len(asked)]] for row, asked in zip(words, texts, strict=True)]
 
 
-def image_positions(batch: int) -> Tensor:
-    """Positions of the visual tokens of unreduced images, int64 ``(batch, 144)``."""
-    return torch.arange(1, 1 + IMAGE_TOKENS).expand(batch, -1)
+def image_positions(batch: int, tokens: int = IMAGE_TOKENS) -> Tensor:
+    """Positions of the visual tokens of unreduced images or clips, int64 ``(batch, tokens)``."""
+    return torch.arange(1, 1 + tokens).expand(batch, -1)

@@ -247,13 +247,13 @@ def resolve_path(path: str) -> str:
     """
     if not path.startswith(TESTBED):
         return path
-    from tokenreduce_integrations.testbed.models import MODEL_NAMES, model_path
+    from tokenreduce_integrations.testbed.models import MODEL_NAMES, VIDEO_MODEL_NAMES, model_path
 
-    name = path.removeprefix(TESTBED)
-    if name not in MODEL_NAMES:
+    name, shipped = path.removeprefix(TESTBED), (*MODEL_NAMES, *VIDEO_MODEL_NAMES)
+    if name not in shipped:
         raise PipelineError(
             f"model path {path!r}: there is no testbed model {name!r}. "
-            f"{did_you_mean(path, [TESTBED + known for known in MODEL_NAMES])}"
+            f"{did_you_mean(path, [TESTBED + known for known in shipped])}"
         )
     return str(model_path(name))
 
