@@ -1,11 +1,13 @@
 """Accuracy of reduction strategies on a testbed model, with paired intervals.
 
     python benchmarks/testbed/compare.py --model b --scenes 1000 --seed 30001 --json
+    python benchmarks/testbed/compare.py --model video --scenes 500 --seed 30001 --json
 
 Every strategy answers the same questions. Each row gives the macro accuracy over the question types
 that the model has learned, its share of the unreduced accuracy, and the difference to each control
 on the same questions; intervals are 95 % bootstraps over scenes. A strategy is non-inferior to
-DivPrune if the lower end of that difference lies above -1.5 points.
+DivPrune if the lower end of that difference lies above -1.5 points. On clips the same stands
+beside it for the questions that no single frame answers (``motion``).
 
 Scenes of seed 101 to 199, the default among them, are for choosing parameters. Results are reported
 on seeds from 30001, which nothing was chosen on.
@@ -22,16 +24,21 @@ import torch
 import transformers
 
 import tokenreduce as tr
+from tokenreduce.reducer import Reducer
+from tokenreduce_integrations.testbed.clips import MOTION_TYPES
 from tokenreduce_integrations.testbed.evaluation import (
     CONFIDENCE,
     RESAMPLES,
     Bootstrap,
+    Correct,
+    EncodedScenes,
     Estimate,
     answer_questions,
+    encode_clips,
     encode_scenes,
     reduce_features,
 )
-from tokenreduce_integrations.testbed.models import MODEL_NAMES, card, load
+from tokenreduce_integrations.testbed.models import MODEL_NAMES, VIDEO_MODEL_NAMES, card, load
 
 TUNING_SEED = 101
 STRATEGIES = (
@@ -45,6 +52,30 @@ STRATEGIES = (
     "bilinear-pool",
 )
 CONTROLS = ("random", "uniform", "avg-pool", "divprune")
+PER_FRAME = " per frame"
+"""Ends the name of a strategy that reduces every frame of a clip by itself."""
+VIDEO_STRATEGIES = (
+    "lftr",
+    "evs",
+    "dycoke",
+    "vidcom2",
+    "flashvid",
+    "framefusion",
+    "holitom",
+    "fastvid",
+    "prunevid",
+    "sttm",
+    "vcast",
+    "divprune",
+    "divprune per frame",
+    "tome per frame",
+    "random",
+    "uniform",
+    "uniform per frame",
+    "avg-pool",
+)
+VIDEO_CONTROLS = ("lftr", "uniform per frame", "random", "evs", "dycoke")
+VIDEO_SIGNALS = ("class_attention",)
 REDUCTIONS = (4.0, 8.0, 16.0)
 MARGIN = 0.015
 BOOTSTRAP_SEED = 0
@@ -55,16 +86,17 @@ def compare(
     *,
     scenes: int,
     seed: int,
-    strategies: tuple[str, ...] = STRATEGIES,
+    strategies: tuple[str, ...] | None = None,
     reductions: tuple[float, ...] = REDUCTIONS,
 ) -> dict[str, Any]:
     """Evaluate strategies on a testbed model.
 
     Args:
         name: the model.
-        scenes: number of held-out scenes.
+        scenes: number of held-out scenes, or of clips.
         seed: of the scenes.
-        strategies: registered names; the controls among them are what others are compared with.
+        strategies: registered names, perhaps followed by " per frame"; the controls among them are
+            what others are compared with. All that are of interest for the model if None.
         reductions: how many times fewer tokens.
 
     Returns:
@@ -72,41 +104,53 @@ def compare(
     """
     model, processor = load(name)
     about = card(name)
-    encoded = encode_scenes(
-        model, processor, seed=seed, scenes=scenes, types=about["reported_types"]
-    )
+    types = about["reported_types"]
+    if name in VIDEO_MODEL_NAMES:
+        encoded = encode_clips(
+            model, processor, seed=seed, clips=scenes, types=types, signals=VIDEO_SIGNALS
+        )
+        strategies, controls = strategies or VIDEO_STRATEGIES, VIDEO_CONTROLS
+    else:
+        encoded = encode_scenes(model, processor, seed=seed, scenes=scenes, types=types)
+        strategies, controls = strategies or STRATEGIES, CONTROLS
     bootstrap = Bootstrap(encoded, seed=BOOTSTRAP_SEED)
     unreduced = answer_questions(model, encoded)
+    motion = None
+    if name in VIDEO_MODEL_NAMES:
+        about_motion, chosen = encoded.only([kind for kind in types if kind in MOTION_TYPES])
+        motion = Bootstrap(about_motion, seed=BOOTSTRAP_SEED)
     rows = []
     for reduction in reductions:
-        reducers = {s: tr.create_strategy(s, reduction=reduction) for s in strategies}
+        reducers = {strategy: reducer_named(strategy, reduction) for strategy in strategies}
         answers, seconds = {}, {}
         for strategy, reducer in reducers.items():
             started = time.perf_counter()
             answers[strategy] = answer_questions(model, encoded, reducer)
             seconds[strategy] = time.perf_counter() - started
         for strategy, reducer in reducers.items():
-            correct = answers[strategy]
-            versus = {
-                control: bootstrap.difference(correct, answers[control])
-                for control in CONTROLS
+            others = {
+                control: answers[control]
+                for control in controls
                 if control in answers and control != strategy
             }
             row = {
                 "strategy": strategy,
-                "options": reducer.options(),
+                "options": _options(reducer),
                 "reduction": reduction,
-                "kept": reduce_features(reducer, encoded.features[:1]).kept,
-                "macro": _rounded(bootstrap.macro(correct)),
-                "share": _rounded(bootstrap.share(correct, unreduced)),
-                "by_type": {
-                    kind: round(value, 4) for kind, value in bootstrap.by_type(correct).items()
-                },
-                "difference": {control: _rounded(value) for control, value in versus.items()},
+                "kept": _kept(reducer, encoded),
+                **_estimates(bootstrap, answers[strategy], unreduced, others),
+                "by_type": _by_type(bootstrap, answers[strategy]),
                 "seconds": round(seconds[strategy], 2),
             }
-            if "divprune" in versus:
-                row["non_inferior_to_divprune"] = versus["divprune"].low > -MARGIN
+            if "divprune" in row["difference"]:
+                row["non_inferior_to_divprune"] = row["difference"]["divprune"]["low"] > -MARGIN
+            if motion:
+                row["motion"] = _estimates(
+                    motion,
+                    answers[strategy][chosen],
+                    unreduced[chosen],
+                    {control: other[chosen] for control, other in others.items()},
+                )
             rows.append(row)
     return {
         "model": name,
@@ -128,11 +172,49 @@ def compare(
         },
         "unreduced": {
             "macro": _rounded(bootstrap.macro(unreduced)),
-            "by_type": {
-                kind: round(value, 4) for kind, value in bootstrap.by_type(unreduced).items()
-            },
+            "by_type": _by_type(bootstrap, unreduced),
+            **({"motion": _rounded(motion.macro(unreduced[chosen]))} if motion else {}),
         },
         "rows": rows,
+    }
+
+
+def reducer_named(strategy: str, reduction: float) -> Reducer:
+    """A strategy by its registered name, perhaps followed by " per frame"."""
+    if strategy.endswith(PER_FRAME):
+        inner = tr.create_strategy(strategy.removesuffix(PER_FRAME))
+        return tr.per_frame(inner, reduction=reduction)
+    return tr.create_strategy(strategy, reduction=reduction)
+
+
+def _options(reducer: Reducer) -> dict[str, Any]:
+    """Options in a form that JSON has."""
+    return {
+        name: value if isinstance(value, str | int | float | None) else repr(value)
+        for name, value in reducer.options().items()
+    }
+
+
+def _kept(reducer: Reducer, encoded: EncodedScenes) -> int:
+    """Tokens that the language model reads of the first scene."""
+    signals = {name: signal[:1] for name, signal in encoded.signals.items()}
+    return reduce_features(reducer, encoded.features[:1], encoded.layout, signals).kept
+
+
+def _by_type(bootstrap: Bootstrap, correct: Correct) -> dict[str, float]:
+    return {kind: round(value, 4) for kind, value in bootstrap.by_type(correct).items()}
+
+
+def _estimates(
+    bootstrap: Bootstrap, correct: Correct, unreduced: Correct, others: dict[str, Correct]
+) -> dict[str, Any]:
+    """Accuracy, its share of the unreduced one, and differences to others."""
+    return {
+        "macro": _rounded(bootstrap.macro(correct)),
+        "share": _rounded(bootstrap.share(correct, unreduced)),
+        "difference": {
+            name: _rounded(bootstrap.difference(correct, other)) for name, other in others.items()
+        },
     }
 
 
@@ -150,6 +232,7 @@ def _points(estimate: dict[str, float] | None) -> str:
 def table(result: dict[str, Any]) -> str:
     """The rows as text; differences in points, with their intervals."""
     macro = result["unreduced"]["macro"]
+    controls = VIDEO_CONTROLS if result["model"] in VIDEO_MODEL_NAMES else CONTROLS
     about = (
         f"model {result['model']}, {result['scenes']} scenes of seed {result['scene_seed']}, "
         f"{result['questions']} questions; unreduced ({result['tokens']} tokens) "
@@ -157,8 +240,8 @@ def table(result: dict[str, Any]) -> str:
     )
     lines = [
         about,
-        f"{'strategy':14}{'tokens':>7}{'macro':>8}{'share':>8}{'interval':>16}"
-        + "".join(f"{'- ' + control:>22}" for control in CONTROLS)
+        f"{'strategy':20}{'tokens':>7}{'macro':>8}{'share':>8}{'interval':>16}"
+        + "".join(f"{'- ' + control:>22}" for control in controls)
         + "  non-inferior",
     ]
     for row in result["rows"]:
@@ -166,9 +249,9 @@ def table(result: dict[str, Any]) -> str:
         interval = f"[{100 * macro['low']:.1f}, {100 * macro['high']:.1f}]"
         verdict = {True: "yes", False: "no", None: ""}[row.get("non_inferior_to_divprune")]
         lines.append(
-            f"{row['strategy']:14}{row['kept']:>7}{100 * macro['value']:>8.1f}"
+            f"{row['strategy']:20}{row['kept']:>7}{100 * macro['value']:>8.1f}"
             f"{100 * share['value']:>8.1f}{interval:>16}"
-            + "".join(f"{_points(row['difference'].get(control)):>22}" for control in CONTROLS)
+            + "".join(f"{_points(row['difference'].get(control)):>22}" for control in controls)
             + f"  {verdict}"
         )
     return "\n".join(lines)
@@ -179,10 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODEL_NAMES, default="a")
-    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--model", choices=(*MODEL_NAMES, *VIDEO_MODEL_NAMES), default="a")
+    parser.add_argument("--scenes", type=int, default=400, help="or clips")
     parser.add_argument("--seed", type=int, default=TUNING_SEED, help="of the scenes")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+")
     parser.add_argument("--reductions", nargs="+", type=float, default=REDUCTIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -194,7 +277,7 @@ def main() -> None:
         options.model,
         scenes=options.scenes,
         seed=options.seed,
-        strategies=tuple(options.strategies),
+        strategies=tuple(options.strategies) if options.strategies else None,
         reductions=tuple(options.reductions),
     )
     document = json.dumps(result, indent=2)

@@ -15,7 +15,11 @@ from transformers import (
 
 from tokenreduce_integrations.testbed import packed
 from tokenreduce_integrations.testbed.clips import CLIP_QUESTION_TYPES
-from tokenreduce_integrations.testbed.evaluation import answer_questions, encode_clips
+from tokenreduce_integrations.testbed.evaluation import (
+    Bootstrap,
+    answer_questions,
+    encode_clips,
+)
 from tokenreduce_integrations.testbed.scenes import QUESTION_TYPES, SceneGenerator
 
 BATCH_SIZE = 50
@@ -75,18 +79,18 @@ def evaluate_clips(
 ) -> dict[str, TypeResult]:
     """Ask eight distinct questions about each held-out clip of a seed."""
     encoded = encode_clips(model, processor, seed=seed, clips=clips, types=CLIP_QUESTION_TYPES)
-    correct = answer_questions(model, encoded)
+    accuracy = Bootstrap(encoded, resamples=1).by_type(answer_questions(model, encoded))
     truth: dict[str, Counter[str]] = defaultdict(Counter)
     for row in encoded.questions:
         for question in row:
             truth[question.type][question.answer] += 1
     return {
         name: TypeResult(
-            float(correct[encoded.type_of == code].mean()),
+            accuracy[name],
             max(truth[name].values()) / truth[name].total(),
             truth[name].total(),
         )
-        for code, name in enumerate(CLIP_QUESTION_TYPES)
+        for name in CLIP_QUESTION_TYPES
     }
 
 

@@ -20,7 +20,7 @@ Clips go the same way, with :func:`encode_clips` and the model that sees them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
@@ -87,6 +87,14 @@ class EncodedScenes:
     def scene_of(self) -> NDArray[np.int64]:
         """``(Q,)`` scene of each question."""
         return np.repeat(np.arange(len(self.questions)), [len(row) for row in self.questions])
+
+    def only(self, types: Sequence[str]) -> tuple["EncodedScenes", Correct]:
+        """The same scenes with the questions of some types, and which questions those are."""
+        asked = [question.type in types for row in self.questions for question in row]
+        questions = tuple(
+            tuple(question for question in row if question.type in types) for row in self.questions
+        )
+        return replace(self, questions=questions, types=tuple(types)), np.array(asked, bool)
 
     @cached_property
     def type_of(self) -> NDArray[np.int64]:
@@ -281,24 +289,18 @@ class Bootstrap:
             if asked[index]
         }
 
-    def macro(self, correct: Correct, types: Sequence[str] | None = None) -> Estimate:
-        """Mean over question types of the accuracy: over all that are asked, or over some."""
-        return self._estimate(*self._macros(correct, types))
+    def macro(self, correct: Correct) -> Estimate:
+        """Mean over question types of the accuracy."""
+        return self._estimate(*self._macros(correct))
 
-    def difference(
-        self, correct: Correct, other: Correct, types: Sequence[str] | None = None
-    ) -> Estimate:
+    def difference(self, correct: Correct, other: Correct) -> Estimate:
         """Macro accuracy of the first minus that of the second, on the same questions."""
-        (value, values), (base, bases) = self._macros(correct, types), self._macros(other, types)
+        (value, values), (base, bases) = self._macros(correct), self._macros(other)
         return self._estimate(value - base, values - bases)
 
-    def share(
-        self, correct: Correct, unreduced: Correct, types: Sequence[str] | None = None
-    ) -> Estimate:
+    def share(self, correct: Correct, unreduced: Correct) -> Estimate:
         """Macro accuracy as a share of the unreduced one."""
-        (value, values), (base, bases) = (
-            self._macros(answers, types) for answers in (correct, unreduced)
-        )
+        (value, values), (base, bases) = self._macros(correct), self._macros(unreduced)
         return self._estimate(value / base, values / bases)
 
     def _by_scene(self, values: NDArray[np.bool_] | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -307,13 +309,10 @@ class Bootstrap:
         np.add.at(sums, (self._encoded.scene_of, self._encoded.type_of), values)
         return sums
 
-    def _macros(
-        self, correct: Correct, types: Sequence[str] | None = None
-    ) -> tuple[float, NDArray[np.float64]]:
-        columns = [self._encoded.types.index(name) for name in types or self._encoded.types]
-        right, asked = self._by_scene(correct)[:, columns], self._asked[:, columns]
-        whole = _macro(right.sum(0)[None], asked.sum(0)[None])
-        return float(whole[0]), _macro(self._weights @ right, self._weights @ asked)
+    def _macros(self, correct: Correct) -> tuple[float, NDArray[np.float64]]:
+        right = self._by_scene(correct)
+        whole = _macro(right.sum(0)[None], self._asked.sum(0)[None])
+        return float(whole[0]), _macro(self._weights @ right, self._weights @ self._asked)
 
     def _estimate(self, value: float, values: NDArray[np.float64]) -> Estimate:
         tail = (1 - CONFIDENCE) / 2
