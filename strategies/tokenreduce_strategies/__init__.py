@@ -462,7 +462,7 @@ def register_strategies(register: Register) -> None:
         count="adaptive",
         cost="graph",
         needs=("decoder_keys",),
-        parity="description",
+        parity="official",
         paper="2504.08966",
         presets={
             "official": {"site": "decoder", "layer": 4, "radius": 0.21, "important": 0.55},

@@ -23,7 +23,8 @@ Gram matrix of the keys, then O(k N). Above 16384 tokens it refuses.
 Deviations from the official code: importance is the norm alone, which it has as an option; by
 default it multiplies the norm by attention to the mean query, and queries are no signal. Attention
 over merged tokens is not corrected by log size: the LLM stays as it is. Batches; ties go to the
-lowest index. Written from the paper and the published code; not compared on recorded cases.
+lowest index (there, tokens of the same density may all become centres). With importance by norm,
+tokens and features equal those of the official code on recorded cases.
 
 Published: no comparable table.
 

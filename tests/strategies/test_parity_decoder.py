@@ -11,6 +11,7 @@ from tokenreduce.ops.page_rank import attention_page_rank
 from tokenreduce_strategies.dart import DART, add_least_similar, largest_keys
 from tokenreduce_strategies.feather import Feather
 from tokenreduce_strategies.framefusion_prune import FrameFusionPrune
+from tokenreduce_strategies.pact import PACT
 from tokenreduce_strategies.pyramiddrop import PyramidDrop
 from tokenreduce_strategies.sparsevlm import rated
 from tokenreduce_strategies.tokencarve import TokenCarve
@@ -167,4 +168,13 @@ def test_tokencarve(parity_case, case):
     # The official weight is that of attention.
     strategy = TokenCarve(keep=options["keep"], balance=1 - options["weight"], official=True)
     reduction = strategy(row_of(states, last_token_attention=attention))
+    case.check(kept_indices_sorted=reduction.positions[0], merged_features=reduction.features[0])
+
+
+@pytest.mark.parametrize("case", ["n196_r0_21", "n255_r0_1", "n81_r0_4"])
+def test_pact(parity_case, case):
+    case = parity_case(f"pact/{case}")
+    strategy = PACT(radius=case.parameters["cutoff"], important=case.parameters["important"])
+    tokens = row_of(case.inputs["features"][None], decoder_keys=case.inputs["keys"][None])
+    reduction = strategy(tokens)
     case.check(kept_indices_sorted=reduction.positions[0], merged_features=reduction.features[0])
