@@ -137,3 +137,21 @@ def test_options():
     for options in ({"threshold": 2}, {"temporal_threshold": -2}, {"root_level": -1}):
         with pytest.raises(PipelineError, match=next(iter(options))):
             STTM(**options)
+
+
+def test_tokens_weigh_alike_by_area():
+    # A side of five is cut into one and two pairs: cells of a level differ in area.
+    clip = structured_clip(1, (4, 5, 6), 8, change=0.4, seed=3)
+    reduction = STTM(threshold=0.6, temporal_threshold=0.6, by_area=True)(clip.tokens())
+    assert reduction.kept < 60
+    flat = clip.features.flatten(1, 2)
+    for m in range(reduction.kept):
+        members = (reduction.assignment[0] == m).nonzero().flatten()
+        torch.testing.assert_close(reduction.features[0, m], flat[0, members].mean(0))
+
+
+def test_on_even_sides_area_changes_the_means_alone():
+    clip = structured_clip(1, (4, 8, 8), 8, change=0.4, seed=3)
+    cells, areas = (STTM(by_area=area)(clip.tokens()) for area in (False, True))
+    assert areas.assignment.equal(cells.assignment)
+    assert not areas.features.equal(cells.features)
