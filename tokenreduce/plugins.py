@@ -31,6 +31,10 @@ from tokenreduce.registry import ComponentRecord, ModelAdapterRegistry, Registry
 from tokenreduce.signals import SignalRecord
 
 State = Literal["loaded", "failed", "skipped"]
+Phase = Literal["import", "interface", "registration"]
+
+#: Seconds from which on a plugin's import is worth a remark: listing strategies takes a tenth.
+SLOW = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class PluginStatus:
         distribution: the distribution that ships it, with its version.
         state: loaded, failed, or skipped by ``TOKENREDUCE_PLUGINS``.
         error: the last line of the traceback of a failed plugin, else an empty string.
+        phase: what a failed plugin failed at: its import, the interface (its hooks, or the version
+            that it was written for), or what it registered; else an empty string.
         hooks: the hooks that it implements.
         registered: the names it registered, as ``"strategy lftr"``.
         seconds: how long importing and registering took.
@@ -53,9 +59,15 @@ class PluginStatus:
     distribution: str = ""
     state: State = "loaded"
     error: str = ""
+    phase: Phase | Literal[""] = ""
     hooks: tuple[str, ...] = ()
     registered: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def slow(self) -> bool:
+        """Whether it delays every program that uses TokenReduce."""
+        return self.seconds > SLOW
 
 
 @dataclass
@@ -101,8 +113,10 @@ class Plugins:
         """
         started = time.perf_counter()
         added: list[tuple[Registry[Any], str]] = []
+        phase: Phase = "interface"
         try:
             hooks = self._hooks_of(name, plugin)
+            phase = "registration"
             for hook, call in hooks.items():
                 registry = getattr(self, hook.removeprefix("register_"))
                 call(register=_registrar(registry, distribution or name, added))
@@ -116,6 +130,7 @@ class Plugins:
                     distribution=distribution,
                     state="failed",
                     error=_last_line(error),
+                    phase=phase,
                     seconds=time.perf_counter() - started,
                 ),
                 error,
@@ -163,6 +178,7 @@ class Plugins:
                         distribution=source,
                         state="failed",
                         error=_last_line(error),
+                        phase="import",
                         seconds=time.perf_counter() - started,
                     ),
                     error,
@@ -178,9 +194,12 @@ class Plugins:
         """The hook implementations of a plugin, checked by pluggy against the specifications."""
         wanted = getattr(plugin, "tokenreduce_api", PLUGIN_API_VERSION)
         if wanted != PLUGIN_API_VERSION:
+            newer = isinstance(wanted, int) and wanted > PLUGIN_API_VERSION
             raise PluginError(
                 f"plugin {name!r} was written for plugin API {wanted}, this is TokenReduce with "
-                f"plugin API {PLUGIN_API_VERSION}. Install matching versions of the two."
+                f"plugin API {PLUGIN_API_VERSION}. "
+                f"Upgrade {'TokenReduce' if newer else 'the plugin'}, or install an older release "
+                f"of {'the plugin' if newer else 'TokenReduce'}."
             )
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(hookspecs)
