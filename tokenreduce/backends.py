@@ -59,13 +59,14 @@ class EncoderPruner(Protocol):
         """Prune the vision encoder in place: after loading, before quantizing and attaching.
 
         Args:
-            model: the loaded model, in evaluation mode, on its device.
+            model: the loaded model, in evaluation mode, on its device; or one without weights
+                (meta device), of which only the shapes that are left matter.
             options: as for :meth:`check`.
             processor: the model's processor, for pruners that look at pictures.
 
         Raises:
             PipelineError: if an option is wrong.
-            UnsupportedModel: if the model's encoder cannot be pruned.
+            UnsupportedModel: if the model's encoder cannot be pruned, or not without weights.
             MediaError: if pictures that the options name cannot be read.
         """
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from pathlib import Path
@@ -35,8 +34,12 @@ QUANTIZERS: dict[str, dict[str, Any] | None] = {
     "bnb-int8": {"backend": "bitsandbytes", "scheme": "int8"},
     "bnb-nf4": {"backend": "bitsandbytes", "scheme": "nf4"},
     "bnb-fp4": {"backend": "bitsandbytes", "scheme": "fp4"},
+    "quanto-int8": {"backend": "quanto", "scheme": "int8"},
+    "quanto-float8": {"backend": "quanto", "scheme": "float8"},
+    "quanto-int4": {"backend": "quanto", "scheme": "int4"},
 }
-QUANTO = {f"quanto-{s}": {"backend": "quanto", "scheme": s} for s in ("int8", "int4", "float8")}
+#: Compiles an extension at first use, for minutes.
+SLOW = ("quanto-int4",)
 ENCODERS: dict[str, dict[str, Any] | None] = {
     "unpruned": None,
     "mlp": {"backend": "structured", "mlp_ratio": 0.3},
@@ -117,24 +120,18 @@ def check(path: str, quantizer: Any, encoder: Any, stages: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("stages", STAGES)
-@pytest.mark.parametrize(("quantizer", "encoder"), list(itertools.product(QUANTIZERS, ENCODERS)))
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    "quantizer",
+    [pytest.param(q, marks=[pytest.mark.slow] if q in SLOW else []) for q in QUANTIZERS],
+)
 def test_every_combination(
     quantizer: str, encoder: str, stages: str, tmp_path: Path, timm_folder: Path
 ) -> None:
+    if quantizer.startswith("quanto"):
+        pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
     path = str(timm_folder) if encoder == "timm" else "testbed:b"
     check(path, QUANTIZERS[quantizer], ENCODERS[encoder], stages, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stages", STAGES)
-@pytest.mark.parametrize(("quantizer", "encoder"), list(itertools.product(QUANTO, ENCODERS)))
-def test_every_combination_of_quanto(
-    quantizer: str, encoder: str, stages: str, tmp_path: Path, timm_folder: Path
-) -> None:
-    """int4 compiles an extension at first use."""
-    pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
-    path = str(timm_folder) if encoder == "timm" else "testbed:b"
-    check(path, QUANTO[quantizer], ENCODERS[encoder], stages, tmp_path)
 
 
 def test_half_precision_comes_back(tmp_path: Path) -> None:
@@ -210,10 +207,12 @@ def uploaded(folder: Path, name: str, cache: Path) -> None:
         (snapshot / file.name).symlink_to(blob)
 
 
-@pytest.mark.parametrize("quantizer", ["whole", "ao-int8", "bnb-nf4"])
+@pytest.mark.parametrize("quantizer", ["whole", "ao-int8", "bnb-nf4", "quanto-int8"])
 def test_a_pruned_model_on_the_hub(
     quantizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if quantizer.startswith("quanto"):
+        pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     built = pipeline("testbed:b", QUANTIZERS[quantizer], ENCODERS["timm"], STAGES["lftr"]).build()
     inputs = prompt(built.processor)

@@ -72,6 +72,8 @@ class Comparison:
             pipeline within a round.
         receipt: of the pipeline's prompt.
         attention: the baseline's attention kernel.
+        inside: whether a stage acts before or inside the encoder, whose time then counts as what
+            is spared, and what choosing there takes as time of the encoder.
     """
 
     pipeline: Side
@@ -79,6 +81,7 @@ class Comparison:
     speedup: dict[int, float]
     receipt: Receipt
     attention: str
+    inside: bool = False
 
     @property
     def warnings(self) -> list[str]:
@@ -86,14 +89,15 @@ class Comparison:
         found = []
         for batch, mine in self.pipeline.times.items():
             base = self.baseline.times[batch]
-            saved = base.prefill - mine.prefill
+            saved = saved_ms(mine, base, inside=self.inside)
             if mine.selection <= saved:
                 continue
-            text = (
-                f"batch {batch}: selection takes {mine.selection:.2f} ms and saves "
-                f"{saved:.2f} ms of prefill"
-            )
-            tokens = break_even(mine, base)
+            spared = "encoder and prefill" if self.inside else "prefill"
+            change = f"saves {saved:.2f} ms of {spared}"
+            if saved < 0:
+                change = f"makes {spared} {-saved:.2f} ms longer"
+            text = f"batch {batch}: selection takes {mine.selection:.2f} ms and {change}"
+            tokens = break_even(mine, base, inside=self.inside)
             found.append(
                 f"{text}; it never pays off."
                 if tokens is None
@@ -112,12 +116,18 @@ class Comparison:
         }
 
 
-def break_even(mine: Times, base: Times) -> int | None:
+def saved_ms(mine: Times, base: Times, *, inside: bool = False) -> float:
+    """Milliseconds of prefill, and with ``inside`` of the encoder, that fewer tokens save."""
+    encoder = base.encoder - mine.encoder if inside else 0.0
+    return base.prefill - mine.prefill + encoder
+
+
+def break_even(mine: Times, base: Times, *, inside: bool = False) -> int | None:
     """How many tokens have to be generated until selection has paid for itself; None if never.
 
     The first comes with the prefill, each further one saves the difference of the decode times.
     """
-    lost = mine.selection - (base.prefill - mine.prefill)
+    lost = mine.selection - saved_ms(mine, base, inside=inside)
     if lost <= 0:
         return 1
     gain = base.decode - mine.decode
@@ -206,6 +216,7 @@ def compare(
         },
         receipt=receipt,
         attention=attention,
+        inside=any(stage.site in ("frames", "vision") for stage in pipeline.stages),
     )
 
 
@@ -217,15 +228,17 @@ def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def fastest_attention(device: torch.device) -> str:
+def fastest_attention(device: torch.device, dtype: torch.dtype) -> str:
     """The attention kernel that the unmodified model is measured with."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    # FlashAttention computes in half precision only.
+    return "flash_attention_2" if flash and dtype.itemsize == 2 else "sdpa"
 
 
 def _baseline(settings: ModelSettings, model: Any) -> tuple[Any, str]:
-    attention = fastest_attention(settings.torch_device)
+    attention = fastest_attention(settings.torch_device, model.dtype)
     plain = settings.quantization is None and settings.vision_encoder is None
     stored_plain = getattr(model.config, "quantization_config", None) is None
     if plain and stored_plain and model.config._attn_implementation == attention:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from tokenreduce.errors import BudgetError, UnsupportedModel, UnsupportedSite
+from tokenreduce.errors import BudgetError, PipelineError, UnsupportedSite
+from tokenreduce.pipeline import Pipeline
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
 from tokenreduce_integrations.accounting.curves import LanguageModelCost, language_model_cost
-from tokenreduce_integrations.accounting.flops import count_flops
-from tokenreduce_integrations.accounting.parts import find_tower
-from tokenreduce_integrations.transformers.families import find_owner
+from tokenreduce_integrations.accounting.encoder import image_cost, tokens_after
+from tokenreduce_integrations.accounting.weights import weigh
+from tokenreduce_integrations.transformers.loading import load_skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class Estimate:
     """Costs of one prompt with one image.
 
     Attributes:
-        visual_tokens: tokens that encoder and projector give.
+        parameters: numbers of the model as it was trained, as far as they were not pruned.
+        visual_tokens: tokens that encoder and projector give, if nothing is cut inside.
         text_tokens: all other tokens of the prompt.
         tokens_per_layer: visual tokens in each layer of the LLM.
         encoder_flops: encoder and projector.
@@ -33,6 +34,7 @@ class Estimate:
         visual_kv_bytes: those of the visual tokens alone.
     """
 
+    parameters: int
     visual_tokens: int
     text_tokens: int
     tokens_per_layer: tuple[int, ...]
@@ -52,21 +54,42 @@ class Estimate:
         return {**asdict(self), "layer_average": self.layer_average}
 
 
-def skeleton_of(config: Any) -> nn.Module:
-    """A model without weights (meta device) of a transformers configuration."""
-    from transformers import AutoModelForImageTextToText
+def estimate_both(
+    pipeline: Pipeline, *, text_tokens: int, visual_tokens: int | None = None
+) -> tuple[Estimate, Estimate]:
+    """The costs of a prompt to a pipeline and to the unmodified model. No weight is read.
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
-    return model.eval()
+    Args:
+        pipeline: with a model.
+        text_tokens: tokens of the prompt that are text.
+        visual_tokens: tokens of the image, where it is not of the size that the model's
+            configuration names.
+
+    Raises:
+        PipelineError: if the pipeline names no model.
+        TokenReduceError: as for :meth:`tokenreduce.Pipeline.build` and :func:`estimate`.
+    """
+    settings = pipeline.model
+    if settings is None:
+        raise PipelineError("this pipeline names no model: add 'model: {path: ...}'.")
+    whole = replace(settings, quantization=None, vision_encoder=None)
+    mine, base = load_skeleton(settings, pipeline.stages), load_skeleton(whole)
+    cost = language_model_cost(base)
+
+    def of(model: nn.Module, stages: Sequence[Stage]) -> Estimate:
+        return estimate(
+            model, stages, visual_tokens=visual_tokens, text_tokens=text_tokens, cost=cost
+        )
+
+    return of(mine, pipeline.stages), of(base, ())
 
 
 def estimate(
     model: nn.Module,
     stages: Sequence[Stage] = (),
     *,
-    visual_tokens: int,
     text_tokens: int,
+    visual_tokens: int | None = None,
     cost: LanguageModelCost | None = None,
     encoder_flops: int | None = None,
 ) -> Estimate:
@@ -74,25 +97,35 @@ def estimate(
 
     Args:
         model: with or without weights; it is not run.
-        stages: at the sites ``projector`` and ``decoder``.
-        visual_tokens: tokens that encoder and projector give.
+        stages: at any site but ``frames``.
+        visual_tokens: tokens that encoder and projector give; those of an image of the size that
+            the configuration names if omitted.
         text_tokens: all other tokens of the prompt.
         cost: of the model's LLM, if it is known.
         encoder_flops: FLOPs of encoder and projector, if they are known.
 
     Raises:
         BudgetError: if a stage decides from the data how many tokens to keep.
-        UnsupportedModel: if the model's LLM cannot be counted.
-        UnsupportedSite: if a stage runs before or inside the encoder.
+        UnsupportedModel: if the model's LLM or its encoder cannot be counted.
+        UnsupportedSite: if what a stage spares is known only of what ran.
     """
     cost = cost or language_model_cost(model)
-    visual = tokens_by_layer(stages, visual_tokens, len(cost.layers))
+    require_countable(stages)
+    inside = [stage for stage in stages if stage.site == "vision"]
+    if encoder_flops is None or visual_tokens is None:
+        image = image_cost(model, inside)
+        visual_tokens = image.tokens if visual_tokens is None else visual_tokens
+        encoder_flops = image.flops if encoder_flops is None else encoder_flops
+    entered = tokens_after(model, inside, visual_tokens) if inside else visual_tokens
+    beyond = [stage for stage in stages if stage.site != "vision"]
+    visual = tokens_by_layer(beyond, entered, len(cost.layers))
     whole = [tokens + text_tokens for tokens in visual]
     return Estimate(
+        parameters=weigh(model).total_parameters,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         tokens_per_layer=visual,
-        encoder_flops=image_flops(model) if encoder_flops is None else encoder_flops,
+        encoder_flops=encoder_flops,
         prefill_flops=cost.prefill(whole),
         decode_flops=cost.decode(whole),
         kv_bytes=cost.cache(whole),
@@ -100,18 +133,18 @@ def estimate(
     )
 
 
-def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[int, ...]:
-    """Visual tokens in each layer of the LLM, of ``tokens`` that enter.
+def require_countable(stages: Sequence[Stage]) -> None:
+    """Check that stages say by themselves how many tokens they keep.
 
     Raises:
-        BudgetError: if a stage decides from the data, or on a live model, how many tokens to keep.
-        UnsupportedSite: if a stage runs before or inside the encoder.
+        BudgetError: if one decides from the data, or on a live model.
+        UnsupportedSite: if one chooses frames of a clip.
     """
     for stage in stages:
-        if stage.site in ("frames", "vision"):
+        if stage.site == "frames":
             raise UnsupportedSite(
-                f"{stage.reducer.name} at the site {stage.site!r}: what it spares the encoder is "
-                "known only of what ran. Measure it."
+                f"{stage.reducer.name} at the site 'frames': it chooses among the frames of a "
+                "clip, and what is counted here is one image. Measure it on a clip."
             )
         stage.require_budget()
         if stage.limit is not None:
@@ -124,6 +157,20 @@ def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[
                 f"{stage.reducer.name} decides from the data how many tokens to keep: its cost is "
                 "known only of what ran. Give it a budget, or measure it."
             )
+
+
+def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[int, ...]:
+    """Visual tokens in each layer of the LLM, of ``tokens`` that enter.
+
+    Args:
+        stages: at the sites ``projector`` and ``decoder``.
+        tokens: that encoder and projector give.
+        layers: of the LLM.
+
+    Raises:
+        BudgetError: if a stage decides from the data, or on a live model, how many tokens to keep.
+    """
+    require_countable(stages)
     for stage in stages:
         if stage.site != "decoder":
             tokens = _kept(stage, tokens, tokens)
@@ -141,31 +188,3 @@ def tokens_by_layer(stages: Sequence[Stage], tokens: int, layers: int) -> tuple[
 def _kept(stage: Stage, tokens: int, original: int) -> int:
     [reducer] = stage.reducers([Layout.line(tokens)], [0], [original])
     return min(tokens, reducer.count(tokens))
-
-
-def image_flops(model: nn.Module) -> int:
-    """FLOPs of encoder and projector for one image of the size that the configuration names.
-
-    Raises:
-        UnsupportedModel: if the encoder takes images of any size.
-    """
-    owner, tower = find_owner(model), find_tower(model)
-    config = None if tower is None else tower.config
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: its encoder takes images of any size, so that its "
-            "configuration does not say what one costs. Measure it on an image."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    bare = model
-    if not next(model.parameters()).is_meta:
-        bare = skeleton_of(model.config)
-        owner = find_owner(bare)
-    pixels = torch.empty(1, 3, int(height), int(width), device="meta", dtype=_dtype(bare))
-    flops = count_flops(bare, lambda: owner.get_image_features(pixels))
-    return flops.total
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype

@@ -76,45 +76,14 @@ def bench(
 
 
 def _estimate(loaded: Any, visual_tokens: int | None, text_tokens: int, as_json: bool) -> None:
-    from transformers import AutoConfig
+    from tokenreduce_integrations.accounting.estimate import estimate_both
 
-    from tokenreduce.errors import PipelineError
-    from tokenreduce_integrations.accounting.curves import language_model_cost
-    from tokenreduce_integrations.accounting.estimate import estimate, image_flops, skeleton_of
-    from tokenreduce_integrations.transformers.loading import resolve_path
-
-    if loaded.model is None:
-        raise PipelineError("this pipeline names no model: add 'model: {path: ...}'.")
-    if loaded.model.encoder_pruner is not None:
-        raise PipelineError(
-            "--config-only counts an encoder as it was stored, and what is pruned is judged by its "
-            "weights: leave --config-only out, or give model.vision_encoder=null."
-        )
-    config = AutoConfig.from_pretrained(resolve_path(loaded.model.path), trust_remote_code=False)
-    tokens = visual_tokens or getattr(config, "image_seq_length", None)
-    if tokens is None:
-        raise PipelineError(
-            "the configuration does not say how many tokens an image has: give --visual-tokens."
-        )
-    if loaded.model.dtype != "auto":
-        config.dtype = loaded.model.torch_dtype
-    skeleton = skeleton_of(config)
-    cost, image = language_model_cost(skeleton), image_flops(skeleton)
-    mine, base = (
-        estimate(
-            skeleton,
-            stages,
-            visual_tokens=tokens,
-            text_tokens=text_tokens,
-            cost=cost,
-            encoder_flops=image,
-        )
-        for stages in (loaded.stages, ())
-    )
+    mine, base = estimate_both(loaded, visual_tokens=visual_tokens, text_tokens=text_tokens)
     if as_json:
         print_json({"pipeline": mine.as_dict(), "baseline": base.as_dict()})
         return
     rows = [
+        ("parameters, M", f"{mine.parameters / 1e6:,.2f}", f"{base.parameters / 1e6:,.2f}"),
         ("visual tokens, layer average", f"{mine.layer_average:.1f}", f"{base.layer_average:.1f}"),
         ("encoder GFLOPs", _giga(mine.encoder_flops), _giga(base.encoder_flops)),
         ("prefill GFLOPs", _giga(mine.prefill_flops), _giga(base.prefill_flops)),

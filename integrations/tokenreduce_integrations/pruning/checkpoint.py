@@ -41,6 +41,8 @@ class PrunedCheckpoint:
         encoder = find_encoder(model)
         names = _own_names(encoder, _shapes(path), path)
         _plan(model, encoder, _shapes(path), path).apply(model)
+        if next(encoder.module.parameters()).is_meta:
+            return
         state = {own: load for name, load in load_file(path).items() if (own := names.get(name))}
         try:
             encoder.module.load_state_dict(state)

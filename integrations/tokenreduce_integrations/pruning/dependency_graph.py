@@ -11,7 +11,7 @@ from torch import nn
 
 from tokenreduce.errors import PipelineError, UnsupportedModel
 from tokenreduce_integrations.pruning import options as option
-from tokenreduce_integrations.pruning.encoders import Encoder, find_encoder
+from tokenreduce_integrations.pruning.encoders import Encoder, find_encoder, picture_size
 from tokenreduce_integrations.pruning.surgery import Slice, SurgeryPlan
 
 _SCORES = {
@@ -54,10 +54,12 @@ class DependencyGraphPruner:
         multiple = option.whole(options, "multiple_of", 8)
         score = _SCORES[option.choice(options, "importance", tuple(_SCORES))]()
         slices: dict[str, Slice] = {}
+        weightless = next(encoder.module.parameters()).is_meta
         for group, width in _inner_groups(encoder):
             wanted = max(1, round(width * keep / multiple)) * multiple
             if wanted < width:
-                best = score(group).argsort(descending=True, stable=True)[:wanted]
+                scores = torch.ones(width) if weightless else score(group)
+                best = scores.argsort(descending=True, stable=True)[:wanted]
                 kept = tuple(best.sort().values.tolist())
                 slices |= {name: _cut(rows, kept) for name, rows in _names(encoder, group)}
         if not slices:
@@ -76,18 +78,14 @@ class DependencyGraphPruner:
 
 
 def _example(encoder: Encoder) -> torch.Tensor:
-    config = encoder.module.config
-    size = getattr(config, "image_size", None) or (config.to_dict().get("model_args") or {}).get(
-        "img_size"
-    )
+    size = picture_size(encoder.module.config)
     if size is None:
         raise UnsupportedModel(
             f"{encoder.path} ({type(encoder.module).__name__}) takes no pictures of a fixed size, "
             "so that torch-pruning cannot follow it. Use the backend structured."
         )
-    height, width = (size, size) if isinstance(size, int) else size
     parameter = next(encoder.module.parameters())
-    return torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    return torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
 
 
 def _inner_groups(encoder: Encoder) -> Iterator[tuple[Any, int]]:

@@ -122,6 +122,17 @@ def find_encoder(model: nn.Module) -> Encoder:
     )
 
 
+def picture_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of the pictures that an encoder takes; None if it takes any."""
+    size = getattr(config, "image_size", None)
+    if size is None:
+        size = (config.to_dict().get("model_args") or {}).get("img_size")
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
 def _find_blocks(path: str, encoder: nn.Module) -> tuple[str, tuple[Block, ...]]:
     for name, modules in encoder.named_modules():
         if isinstance(modules, nn.ModuleList | nn.Sequential) and len(modules):

@@ -38,6 +38,13 @@ class Importance:
         return grouped.sum(1)
 
 
+def unknown(encoder: Encoder) -> Importance:
+    """Equal scores, for encoders without weights, of which only the shapes matter."""
+    parts = [part for block in encoder.blocks for part in _parts(block)]
+    channels = {part.path: torch.ones(part.channels) for part in parts}
+    return Importance(channels=channels, blocks=torch.ones(len(encoder.blocks)))
+
+
 def by_magnitude(encoder: Encoder) -> Importance:
     """Squared norms of what belongs to a channel, and of what a block writes.
 

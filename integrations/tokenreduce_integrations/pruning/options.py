@@ -8,20 +8,14 @@ from numbers import Real
 from typing import Any
 
 from tokenreduce.errors import PipelineError, did_you_mean
+from tokenreduce_integrations import options as shared
 
 WHERE = "model.vision_encoder.prune"
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse options that a backend does not have.
-
-    Raises:
-        PipelineError: with the option that was likely meant.
-    """
-    names = list(known)
-    for name in options:
-        if name not in names:
-            raise PipelineError(f"{WHERE}.{name}: unknown option. {did_you_mean(name, names)}")
+    """See :func:`tokenreduce_integrations.options.refuse_unknown`."""
+    shared.refuse_unknown(options, known, WHERE)
 
 
 def share(options: Mapping[str, Any], name: str) -> Fraction:
@@ -52,15 +46,8 @@ def choice(options: Mapping[str, Any], name: str, known: tuple[str, ...]) -> str
 
 
 def whole(options: Mapping[str, Any], name: str, default: int) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        PipelineError: if it is anything else.
-    """
-    value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PipelineError(f"{WHERE}.{name}: must be a whole number from 1 on, got {value!r}.")
-    return value
+    """See :func:`tokenreduce_integrations.options.whole`."""
+    return shared.whole(options, name, default, WHERE)
 
 
 def text(options: Mapping[str, Any], name: str) -> str:

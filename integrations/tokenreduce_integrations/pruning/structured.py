@@ -17,6 +17,7 @@ from tokenreduce_integrations.pruning.importance import (
     Importance,
     by_calibration,
     by_magnitude,
+    unknown,
 )
 from tokenreduce_integrations.pruning.planning import last_read, make_plan
 
@@ -63,7 +64,15 @@ class StructuredPruner:
         self.check(model, options)
         encoder = find_encoder(model)
         folder = options.get("calibration")
-        if folder is None:
+        if next(encoder.module.parameters()).is_meta:
+            if options.get("scope") == "encoder":
+                raise UnsupportedModel(
+                    f"{option.WHERE}.scope: 'encoder' gives every block the width that its weights "
+                    "earn, which is not known without them. Load the model, or count with "
+                    "scope 'block'."
+                )
+            importance = unknown(encoder)
+        elif folder is None:
             importance = by_magnitude(encoder)
         else:
             importance = by_calibration(model, encoder, Path(folder), processor)

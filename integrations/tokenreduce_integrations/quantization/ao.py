@@ -14,11 +14,11 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import TorchAoConfig
 
 from tokenreduce.errors import PipelineError
+from tokenreduce_integrations.options import refuse_unknown, whole
 from tokenreduce_integrations.quantization.choices import (
     WHERE,
     modules_to_skip,
     quantized_linears,
-    refuse_unknown,
     scheme_on,
 )
 
@@ -49,7 +49,7 @@ class TorchAO:
         self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
         """See :class:`tokenreduce.backends.Quantizer`."""
-        refuse_unknown(options, self.known)
+        refuse_unknown(options, self.known, WHERE)
         scheme = scheme_on("torchao", options, _DEVICES, device)
         quantized = quantized_linears(model, options)
         if scheme == "intx_weight_only":
@@ -87,14 +87,13 @@ def readable_names(model: Any) -> Iterator[None]:
 
 
 def _intx(options: Mapping[str, Any], quantized: Mapping[str, nn.Linear]) -> Any:
-    bits, group = options.get("bits", 4), options.get("group_size")
+    bits = options.get("bits", 4)
     if isinstance(bits, bool) or bits not in range(1, 9):
         raise PipelineError(f"{WHERE}.bits: a whole number from 1 to 8, got {bits!r}.")
-    if group is None:
+    if options.get("group_size") is None:
         granularity: Any = PerAxis(0)
     else:
-        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise PipelineError(f"{WHERE}.group_size: a whole number from 1 on, got {group!r}.")
+        group = whole(options, "group_size", 1, WHERE)
         for name, linear in quantized.items():
             if linear.in_features % group:
                 raise PipelineError(

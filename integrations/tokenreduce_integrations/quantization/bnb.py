@@ -11,11 +11,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from tokenreduce.errors import PipelineError
+from tokenreduce_integrations.options import refuse_unknown
 from tokenreduce_integrations.quantization.choices import (
     WHERE,
     modules_to_skip,
     quantized_linears,
-    refuse_unknown,
     scheme_on,
 )
 
@@ -39,7 +39,7 @@ class BitsAndBytes:
         self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
         """See :class:`tokenreduce.backends.Quantizer`."""
-        refuse_unknown(options, self.known)
+        refuse_unknown(options, self.known, WHERE)
         scheme = scheme_on("bitsandbytes", options, _DEVICES, device)
         quantized = quantized_linears(model, options)
         common = {"llm_int8_skip_modules": modules_to_skip(model, quantized)}

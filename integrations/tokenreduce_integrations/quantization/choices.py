@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,6 @@ from tokenreduce_integrations.transformers.families import find_decoder
 
 WHERE = "model.quantization"
 PARTS = ("language_model", "vision_encoder", "projector")
-
-
-def refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse options that a backend does not have.
-
-    Raises:
-        PipelineError: with the option that was likely meant.
-    """
-    names = list(known)
-    for name in options:
-        if name not in names:
-            raise PipelineError(f"{WHERE}.{name}: unknown option. {did_you_mean(name, names)}")
 
 
 def scheme_on(

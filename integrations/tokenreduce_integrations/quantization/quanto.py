@@ -15,11 +15,11 @@ from torch import nn
 from transformers import QuantoConfig
 
 from tokenreduce.errors import PipelineError
+from tokenreduce_integrations.options import refuse_unknown
 from tokenreduce_integrations.quantization.choices import (
     WHERE,
     modules_to_skip,
     quantized_linears,
-    refuse_unknown,
     scheme_on,
 )
 from tokenreduce_integrations.quantization.stored import QUANTO_MAP, QUANTO_WEIGHTS
@@ -43,7 +43,7 @@ class Quanto:
         self, options: Mapping[str, Any], *, device: torch.device, model: nn.Module
     ) -> Mapping[str, Any]:
         """See :class:`tokenreduce.backends.Quantizer`."""
-        refuse_unknown(options, self.known)
+        refuse_unknown(options, self.known, WHERE)
         scheme = scheme_on("quanto", options, _DEVICES, device)
         if scheme == "int4":
             _require_compiler()
@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
 def _require_compiler() -> None:
     missing = []
     if shutil.which("ninja") is None:
-        missing.append("ninja (pip install ninja)")
+        missing.append("ninja (pip install ninja; it has to be on the PATH)")
     if not any(shutil.which(name) for name in _COMPILERS):
         missing.append("a C++ compiler")
     if missing:

@@ -7,46 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokenreduce.attachment import Attachment
 from tokenreduce.errors import UnsupportedModel
-from tokenreduce.stage import Stage
 from tokenreduce.tokens import Layout
+from tokenreduce_integrations.encoders.adapter import EncoderAdapter
 from tokenreduce_integrations.encoders.attachment import EncoderAttachment, Given
 from tokenreduce_integrations.encoders.dense import Sequences
 from tokenreduce_integrations.transformers.layouts import grid_layout
-
-
-class TimmAdapter:
-    """VisionTransformer, Eva and NaFlexVit, and transformers' wrappers of them."""
-
-    def attach(
-        self,
-        model: nn.Module,
-        stages: tuple[Stage, ...],
-        processor: Any | None = None,
-        joint_encoder: Any | None = None,
-    ) -> Attachment:
-        """See :class:`tokenreduce.attachment.ModelAdapter`."""
-        encoder = getattr(model, "timm_model", model)
-        if not hasattr(encoder, "forward_features"):
-            raise UnsupportedModel(
-                f"{type(model).__name__} wraps a {type(encoder).__name__} for features only: "
-                "attach to a whole vision transformer of timm."
-            )
-        parameter = next(encoder.parameters())
-        for stage in stages:
-            stage.reducer.prepare(parameter.device, parameter.dtype)
-        return TimmAttachment(model, encoder, stages)
-
-    def check(
-        self,
-        model: nn.Module,
-        stages: tuple[Stage, ...],
-        processor: Any | None = None,
-        joint_encoder: Any | None = None,
-    ) -> None:
-        """See :class:`tokenreduce.attachment.ModelAdapter`."""
-        TimmAttachment(model, getattr(model, "timm_model", model), stages).detach()
 
 
 class TimmAttachment(EncoderAttachment):
@@ -101,6 +67,21 @@ class TimmAttachment(EncoderAttachment):
         grid = embeds.dynamic_feat_size(tuple(image.shape[-2:]))
         layout = grid_layout([int(side) for side in grid], length - prefix)
         return Sequences(layouts=(layout,) * batch, owners=owners, prefix=prefix)
+
+
+class TimmAdapter(EncoderAdapter):
+    """VisionTransformer, Eva and NaFlexVit, and transformers' wrappers of them."""
+
+    attachment = TimmAttachment
+
+    def _encoder(self, model: nn.Module) -> Any:
+        encoder = getattr(model, "timm_model", model)
+        if not hasattr(encoder, "forward_features"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} wraps a {type(encoder).__name__} for features only: "
+                "attach to a whole vision transformer of timm."
+            )
+        return encoder
 
 
 def _patch_layout(coords: Tensor, valid: Tensor) -> Layout:

@@ -39,6 +39,7 @@ from tokenreduce_integrations.quantization.stored import (
     stored_method,
 )
 from tokenreduce_integrations.transformers.files import find_file
+from tokenreduce_integrations.transformers.skeleton import skeleton_of
 
 TESTBED = "testbed:"
 
@@ -71,31 +72,15 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
     """
     # Looked up first: a package that is missing should be known before anything is read.
     prune, quantize = _pruning(settings), _quantization(settings)
-    path = resolve_path(settings.path)
-    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
-        raise PipelineError(
-            f"model path {path!r}: no such folder. Give a folder that save_pretrained wrote, a hub "
-            "name such as 'llava-hf/llava-1.5-7b-hf', or 'testbed:b'."
-        )
-    # Imported here so that a pipeline which cannot work says so at once.
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    path = _require_path(settings)
+    from transformers import AutoProcessor
 
     with _explained(settings):
-        # The smallest file comes first: without it the others are not worth asking for, and it
-        # says whether the stages can run before any weight is read.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        skeleton, plan = _skeleton(path, settings, stages)
+        config = skeleton.config
+        own = type(skeleton)
+        stored = own if plan is None else cut_class(own, plan)
         arguments = _arguments(config, settings)
-        plan = _plan_of(path, settings)
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-            own = stored = type(skeleton)
-            if plan is not None:
-                stored = cut_class(own, plan)
-                skeleton = stored(config)
-        find_adapter(skeleton).check(skeleton, tuple(stages), path, settings.joint_encoder)
-        adapt_timm_tower(skeleton)
         if prune is not None:
             prune.backend.check(skeleton, prune.options)
         chosen = {} if quantize is None else quantize(skeleton)
@@ -119,6 +104,66 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
     restore_class(model, own)
     adapt_timm_tower(model)
     return model.eval(), processor
+
+
+def load_skeleton(settings: ModelSettings, stages: Sequence[Stage] = ()) -> Any:
+    """The model that would be loaded, pruned but without weights (meta device).
+
+    Args:
+        settings: as for :func:`load_model`; weights are not quantized.
+        stages: likewise.
+
+    Raises:
+        UnsupportedModel: also if its pruner does not work without weights.
+        TokenReduceError: as for :func:`load_model`.
+    """
+    prune = _pruning(settings)
+    path = _require_path(settings)
+    with _explained(settings):
+        skeleton, _ = _skeleton(path, settings, stages)
+        if prune is not None:
+            prune.backend.check(skeleton, prune.options)
+            try:
+                prune(skeleton, None)
+            except NotImplementedError as error:
+                # What torch says of reading a tensor that is not there.
+                raise UnsupportedModel(
+                    f"encoder pruner {type(prune.backend).__name__} judges by weights how much "
+                    "leaves: without them nothing is known of the pruned encoder. Load the model."
+                ) from error
+    return skeleton
+
+
+def _require_path(settings: ModelSettings) -> str:
+    """The path, if there may be a model."""
+    path = resolve_path(settings.path)
+    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+        raise PipelineError(
+            f"model path {path!r}: no such folder. Give a folder that save_pretrained wrote, a hub "
+            "name such as 'llava-hf/llava-1.5-7b-hf', or 'testbed:b'."
+        )
+    return path
+
+
+def _skeleton(
+    path: str, settings: ModelSettings, stages: Sequence[Stage]
+) -> tuple[Any, SurgeryPlan | None]:
+    """The stored model without its weights, on which the stages were checked, and its plan.
+
+    The smallest files come first: without them the others are not worth asking for, and they say
+    whether the stages can run before any weight is read.
+    """
+    # Imported here so that a pipeline which cannot work says so at once.
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if settings.dtype != "auto":
+        config.dtype = settings.torch_dtype
+    plan = _plan_of(path, settings)
+    skeleton = skeleton_of(config, plan)
+    find_adapter(skeleton).check(skeleton, tuple(stages), path, settings.joint_encoder)
+    adapt_timm_tower(skeleton)
+    return skeleton, plan
 
 
 def _plan_of(path: str, settings: ModelSettings) -> SurgeryPlan | None:

@@ -25,7 +25,7 @@ from tokenreduce_integrations.encoders.carry import ADDED, carried, item_outcome
 from tokenreduce_integrations.encoders.dense import DenseWalk, Sequences, Trail
 from tokenreduce_integrations.encoders.kinds import takes_bias
 from tokenreduce_integrations.encoders.packed import BIAS, PackedWalk
-from tokenreduce_integrations.encoders.plan import check_stages, why_kept
+from tokenreduce_integrations.encoders.plan import check_stages, plan_cuts, why_kept
 from tokenreduce_integrations.encoders.stack import BlockStack, wrap_method
 from tokenreduce_integrations.transformers.hooks import Uncopyable, restore_methods
 from tokenreduce_integrations.transformers.layouts import grid_layout
@@ -154,6 +154,31 @@ class _TowerSite(Uncopyable, ABC):
 class PatchTowerSite(_TowerSite):
     """A tower whose patches reach the LLM one by one: LLaVA with CLIP, SigLIP or DINOv2."""
 
+    @property
+    def _unit(self) -> int:
+        """Patches that become one token of the LLM."""
+        return 1
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks, in order."""
+        return self._stack.blocks
+
+    def units(self, tokens: int) -> list[int]:
+        """How many of an image's ``tokens`` tokens enter each block, and leave the last."""
+        stages, counts = self._stages(), [tokens]
+        cuts = plan_cuts(stages, self._depth({}), (tokens,), (0,))
+        for block in range(1, len(self.blocks) + 1):
+            left = counts[-1]
+            for cut in cuts.get(block, ()):
+                left = min(left, cut.reducers[0].count(left))
+            counts.append(left)
+        return counts
+
+    def sequence(self, tokens: int) -> int:
+        """Length of the sequence that holds so many of an image's tokens."""
+        return self._prefix + tokens * self._unit
+
     def _walk(self, modality: str, stages: tuple[Stage, ...], given: Given) -> DenseWalk:
         return DenseWalk(
             stages,
@@ -262,16 +287,24 @@ class TiledTowerSite(PatchTowerSite):
 class ShuffledTowerSite(PatchTowerSite):
     """Patches that a pixel shuffle packs: InternVL. A packed square merges as a whole."""
 
+    @property
+    def _unit(self) -> int:
+        return self._side**2
+
+    @property
+    def _side(self) -> int:
+        ratio: float = self._owner.config.downsample_ratio
+        return round(1 / ratio)
+
     def _describe(self, modality: str, given: Given, batch: int, length: int) -> Sequences:
-        side = math.isqrt(length - self._prefix)
-        block = round(1 / self._owner.config.downsample_ratio)
+        side, block = math.isqrt(length - self._prefix), self._side
         grid = torch.arange(side * side).reshape(side // block, block, side // block, block)
         layout = Layout.from_grid((side // block, side // block))
         return Sequences(
             layouts=(layout,) * batch,
             owners=tuple(range(batch)),
             prefix=self._prefix,
-            unit=block * block,
+            unit=self._unit,
             order=grid.transpose(1, 2).flatten(),
         )
 

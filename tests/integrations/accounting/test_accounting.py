@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 import tokenreduce as tr
-from support.tiny_models import CASES, CLIP, IMAGE, TEXT, internvl, llava, qwen2_5_vl
+from support.timm_llava import write_timm_llava
+from support.tiny_models import CASES, CLIP, IMAGE, TEXT, internvl, llava, onevision, qwen2_5_vl
 from tokenreduce.attachment import as_stages
 from tokenreduce.errors import (
     BudgetError,
@@ -21,27 +23,27 @@ from tokenreduce.errors import (
     UnsupportedModel,
     UnsupportedSite,
 )
+from tokenreduce.receipt import Receipt
 from tokenreduce_integrations.accounting.bench import (
+    Comparison,
+    Side,
     break_even,
     compare,
     fastest_attention,
     repeated,
 )
 from tokenreduce_integrations.accounting.curves import language_model_cost
-from tokenreduce_integrations.accounting.estimate import (
-    estimate,
-    image_flops,
-    skeleton_of,
-    tokens_by_layer,
-)
-from tokenreduce_integrations.accounting.flops import count_flops
+from tokenreduce_integrations.accounting.encoder import image_cost
+from tokenreduce_integrations.accounting.estimate import estimate, estimate_both, tokens_by_layer
+from tokenreduce_integrations.accounting.flops import Flops, count_flops
 from tokenreduce_integrations.accounting.operators import formulas, is_costly
 from tokenreduce_integrations.accounting.prices import TimePrice, time_prefill
 from tokenreduce_integrations.accounting.timing import Times
-from tokenreduce_integrations.accounting.weights import weigh
+from tokenreduce_integrations.accounting.weights import Weights, weigh
 from tokenreduce_integrations.testbed.models import load
 from tokenreduce_integrations.transformers.families import find_decoder
 from tokenreduce_integrations.transformers.loading import load_model
+from tokenreduce_integrations.transformers.skeleton import skeleton_of
 
 
 def prompt(processor: Any, device: Any = "cpu") -> dict[str, Tensor]:
@@ -243,9 +245,9 @@ def test_tokens_by_layer_of_stages_in_a_row() -> None:
     shares = replace(stages[1], schedule={0.25: 0.5, 0.75: 0.25})
     assert tokens_by_layer((stages[0], shares), 64, 4) == (32, 16, 16, 8)
     assert tokens_by_layer((), 64, 4) == (64,) * 4
-    inside = tr.Stage(reducer=tr.create_strategy("tome", keep=4), site="vision")
-    with pytest.raises(UnsupportedSite, match="known only of what ran"):
-        tokens_by_layer((inside,), 64, 4)
+    frames = tr.Stage(reducer=tr.create_strategy("uniform", keep=4), site="frames")
+    with pytest.raises(UnsupportedSite, match="one image"):
+        tokens_by_layer((frames,), 64, 4)
     with pytest.raises(BudgetError, match="on a live model"):
         tokens_by_layer((tr.Stage(reducer=Anywhere(), flops=1e9),), 64, 4)
     with pytest.raises(BudgetError, match="State it at the projector"):
@@ -261,11 +263,82 @@ class Anywhere(tr.Scorer):
         return tokens.features.float().norm(dim=-1)
 
 
+PRUNERS: list[dict[str, Any]] = [
+    {"backend": "structured", "mlp_ratio": 0.3},
+    {"backend": "structured", "head_ratio": 0.5, "depth_ratio": 0.4},
+    {"backend": "torch_pruning", "mlp_ratio": 0.5},
+]
+
+
+@pytest.mark.parametrize("timm", [False, True], ids=["clip", "timm"])
+@pytest.mark.parametrize("prune", PRUNERS, ids=["mlp", "heads-depth", "torch-pruning"])
+def test_pruned_encoders_cost_what_they_cost_when_loaded(
+    prune: dict[str, Any], timm: bool, tmp_path: Path
+) -> None:
+    if prune["backend"] == "torch_pruning":
+        pytest.importorskip("torch_pruning", reason="needs the extra vision")
+    path = str(write_timm_llava(tmp_path / "timm")) if timm else "testbed:b"
+    model = {"path": path, "dtype": "float32", "device": "cpu", "vision_encoder": {"prune": prune}}
+    pipeline = tr.load_pipeline({"model": model, "reduce": [{"strategy": "lftr", "reduction": 8}]})
+    mine, base = estimate_both(pipeline, text_tokens=10)
+    assert pipeline.model is not None
+    loaded, _ = load_model(pipeline.model)
+    pixels = torch.zeros(1, 3, 96, 96)
+    counted = count_flops(loaded, lambda: loaded.get_image_features(pixels))
+    assert mine.visual_tokens == base.visual_tokens == 144
+    assert mine.tokens_per_layer == (18,) * 4
+    assert mine.encoder_flops == counted.total < base.encoder_flops
+    assert mine.parameters == weigh(loaded).total_parameters < base.parameters
+    # Also of a live model, whose configuration cannot say how many heads there are.
+    assert image_cost(loaded).flops == counted.total
+
+
+def test_what_is_judged_by_weights_alone_is_not_known_without_them() -> None:
+    prune = {"backend": "structured", "mlp_ratio": 0.3, "scope": "encoder"}
+    model = {"path": "testbed:b", "device": "cpu", "vision_encoder": {"prune": prune}}
+    pipeline = tr.load_pipeline({"model": model, "reduce": [{"strategy": "lftr", "reduction": 8}]})
+    with pytest.raises(UnsupportedModel, match="width that its weights earn"):
+        estimate_both(pipeline, text_tokens=10)
+
+
+@pytest.mark.parametrize(("case", "unit", "prefix"), [(llava, 1, 1), (internvl, 4, 1)])
+def test_stages_inside_the_encoder_spare_what_is_counted_by_hand(
+    case: Any, unit: int, prefix: int
+) -> None:
+    model = case().model
+    whole = image_cost(model)
+    tokens = whole.tokens
+    stage = tr.Stage(reducer=tr.create_strategy("tome", keep_ratio=0.5), site="vision")
+    vision = model.config.vision_config
+    width, inner = vision.hidden_size, vision.intermediate_size
+    count = vision.num_hidden_layers
+    depth = count + 1 + getattr(model.config, "vision_feature_layer", -1)
+
+    def block(left: int) -> int:
+        length = prefix + unit * left
+        return 2 * length * width * (4 * width + 2 * inner) + 4 * length**2 * width
+
+    cut = tokens - tokens // 2
+    entering = [tokens - cut * min(i, depth) // depth for i in range(count)]
+    spared = sum(block(tokens) - block(left) for left in entering)
+    assert whole.flops - image_cost(model, (stage,)).flops == spared > 0
+    found = estimate(model, (stage,), text_tokens=0)
+    assert found.tokens_per_layer == (tokens // 2,) * 4
+    assert found.visual_tokens == tokens
+
+
+@pytest.mark.parametrize("case", [onevision, qwen2_5_vl])
+def test_encoders_in_tiles_or_of_any_size_are_measured(case: Any) -> None:
+    stage = tr.Stage(reducer=tr.create_strategy("tome", keep_ratio=0.5), site="vision")
+    with pytest.raises(UnsupportedSite, match="known only of what ran"):
+        estimate(case().model, (stage,), visual_tokens=16, text_tokens=0, encoder_flops=0)
+
+
 def test_encoders_of_any_size_have_no_cost_by_configuration() -> None:
-    assert image_flops(llava().model) > 0
-    assert image_flops(internvl().model) > 0
+    assert image_cost(llava().model).tokens == 16
+    assert image_cost(internvl().model).tokens == 4
     with pytest.raises(UnsupportedModel, match="images of any size"):
-        image_flops(qwen2_5_vl().model)
+        image_cost(qwen2_5_vl().model)
 
 
 # -- budgets that state a cost ---------------------------------------------------------------------
@@ -398,7 +471,14 @@ def test_an_unmodified_model_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> 
     )
     compare(pipeline, prompt, new_tokens=2, rounds=1)
     assert len(calls) == 1
-    assert fastest_attention(torch.device("cpu")) == "sdpa"
+
+
+def test_the_fastest_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert fastest_attention(cuda, torch.bfloat16) == "flash_attention_2"
+    assert fastest_attention(cuda, torch.float32) == "sdpa"
+    assert fastest_attention(cpu, torch.bfloat16) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +494,36 @@ def test_break_even(mine: Any, base: Any, expected: int | None) -> None:
     """(selection, prefill, decode) of the pipeline and of the unmodified model."""
     times = [Times(encoder=1.0, selection=s, prefill=p, decode=d) for s, p, d in (mine, base)]
     assert break_even(*times) == expected
+
+
+@pytest.mark.parametrize(
+    ("mine", "base", "inside", "expected"),
+    [
+        ((9, 5, 2, 3), (9, 0, 3, 5), False, "takes 5.00 ms and saves 1.00 ms of prefill; it pays"),
+        ((9, 1, 5, 3), (9, 0, 3, 3), False, "makes prefill 2.00 ms longer; it never pays off"),
+        ((9, 0, 5, 3), (4, 0, 8, 4), True, "makes encoder and prefill 2.00 ms longer; it pays off"),
+        ((3, 0, 5, 3), (4, 0, 8, 4), True, ""),
+    ],
+)
+def test_warnings(mine: Any, base: Any, inside: bool, expected: str) -> None:
+    """(encoder, selection, prefill, decode) of the pipeline and of the unmodified model."""
+    sides = []
+    for encoder, selection, prefill, decode in (mine, base):
+        times = Times(encoder=encoder, selection=selection, prefill=prefill, decode=decode)
+        side = Side(
+            weights=Weights(), flops=Flops(), tokens_per_layer=(), kv_bytes=0, times={4: times}
+        )
+        sides.append(side)
+    found = Comparison(
+        pipeline=sides[0],
+        baseline=sides[1],
+        speedup={},
+        receipt=Receipt(),
+        attention="sdpa",
+        inside=inside,
+    )
+    assert len(found.warnings) == bool(expected)
+    assert all(expected in text and text.startswith("batch 4") for text in found.warnings)
 
 
 def test_numbers_that_cannot_be_benched() -> None:

@@ -43,10 +43,17 @@ def test_from_the_configuration_alone(tokenreduce: Callable[..., Any], file: Pat
     assert "prefill GFLOPs" in table.output
 
 
-def test_a_pruned_encoder_is_not_counted_from_its_configuration(
+def test_a_pruned_encoder_from_its_configuration(
     tokenreduce: Callable[..., Any], file: Path
 ) -> None:
     pruned = "model.vision_encoder.prune={backend: structured, mlp_ratio: 0.3}"
-    result = tokenreduce("bench", file, pruned, "--config-only")
+    result = tokenreduce("bench", file, pruned, "--config-only", "--json")
+    document = json.loads(result.stdout)
+    assert document["pipeline"]["encoder_flops"] < document["baseline"]["encoder_flops"]
+    assert document["pipeline"]["parameters"] < document["baseline"]["parameters"]
+
+
+def test_a_model_that_is_not_there(tokenreduce: Callable[..., Any], file: Path) -> None:
+    result = tokenreduce("bench", file, "model.path=/no/such", "--config-only")
     assert result.exit_code == 1
-    assert "judged by its weights" in " ".join(result.output.split())
+    assert "no such folder" in " ".join(result.output.split())
