@@ -4,8 +4,10 @@ Clips of 576 (4 x 12 x 12), 2304 (16 x 12 x 12), 6272 (32 x 14 x 14) and 23,328 
 tokens of 1024 channels, of which an eighth is kept. One thread, float32. Every row holds its own
 anchors: in each round one product of the features with themselves (``gram_ms``, that of one item
 times the batch), one pass over them (``read_ms``) and the strategy (``ms``) run in turn, and the
-row gives the shortest of each, which load of the machine disturbs least. ``peak_bytes`` is what a
-child process grew by in one call.
+row gives the shortest of each, in time of the processor, which load of the machine disturbs least.
+``peak_bytes`` is what a child process grew by in one call. A call that takes longer than
+``--seconds`` is timed once and has no peak; a row whose call would take longer than ``--longest``,
+judged by the same item alone, says so and is left out.
 
 Wrappers cost what they wrap, and strategies that need trained weights are left out. Where a
 strategy refuses a size, the row says why.
@@ -60,7 +62,9 @@ def measure(name: str, n: int, batch: int, *, rounds: int, seconds: float) -> di
     try:
         reducer = subject.create(keep=k)
         with one_thread():
-            cost = measure_cost(reducer, tokens, rounds=rounds, seconds=seconds)
+            cost = measure_cost(
+                reducer, tokens, rounds=rounds, seconds=seconds, clock=time.process_time
+            )
     except TokenReduceError as error:
         return {**row, "refused": f"{type(error).__name__}: {error}"}
     return {
@@ -74,17 +78,26 @@ def measure(name: str, n: int, batch: int, *, rounds: int, seconds: float) -> di
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows asked for, size by size."""
+    each: dict[tuple[str, int], float] = {}
     for n in arguments.n:
         for batch in arguments.batch:
             for name in arguments.only:
-                yield measure(name, n, batch, rounds=arguments.rounds, seconds=arguments.seconds)
+                expected = batch * each.get((name, n), 0.0) / 1000
+                if expected > arguments.longest:
+                    row = {"strategy": name, "n": n, "d": CHANNELS, "k": n // 8, "batch": batch}
+                    yield {**row, "left_out": f"a call would take about {expected:.0f} s"}
+                    continue
+                row = measure(name, n, batch, rounds=arguments.rounds, seconds=arguments.seconds)
+                each.setdefault((name, n), row.get("ms", 0.0) / batch)
+                yield row
 
 
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     head = f"{row['strategy']:22} {row['n']:6} x {row['batch']}"
-    if "refused" in row:
-        return f"{head}  refused: {row['refused']}"
+    for reason in ("refused", "left_out"):
+        if reason in row:
+            return f"{head}  {reason.replace('_', ' ')}: {row[reason]}"
     limit = COST_LIMIT.get(installed().strategies[row["strategy"]].cost)
     peak = row["peak_bytes"]
     matrices = "" if peak is None else f"  {peak / (4 * row['n'] ** 2 * row['batch']):6.2f} N x N"
@@ -122,6 +135,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7, help="of each row, at most")
     parser.add_argument("--seconds", type=float, default=5.0, help="after which no round begins")
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds that a call may take")
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end")
     arguments = parser.parse_args()
     done = []

@@ -45,7 +45,7 @@ from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import first_argmax, gather_tokens, top_k_indices, unit_vectors
 from tokenreduce.ops.quotas import kept_indices
-from tokenreduce.ops.similarity import SMALLEST_NORM
+from tokenreduce.ops.similarity import SMALLEST_NORM, l1_norm
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
@@ -54,7 +54,7 @@ from tokenreduce_strategies.official import stated_ratio
 
 def largest_keys(keys: Tensor, count: int) -> Tensor:
     """``(B, count)`` indices of the keys ``(B, N, C)`` of largest L1 norm, by falling norm."""
-    norm = keys.float().abs().sum(2)
+    norm = l1_norm(keys)
     picks = []
     for _ in range(count):
         picks.append(first_argmax(norm))
@@ -76,7 +76,7 @@ def add_least_similar(
     states = states.float()
     # Dividing the products instead of the states saves a copy of them.
     length = states.norm(dim=2).clamp(min=SMALLEST_NORM)
-    cosine = (unit_vectors(pivots) @ states.mT) / length[:, None]
+    cosine = (states @ unit_vectors(pivots).mT / length[..., None]).mT
     for turn, share in enumerate(shares):
         unlike = (-cosine[:, turn]).masked_fill(kept, -torch.inf)
         kept = kept.scatter(1, top_k_indices(unlike, share, scale=1.0), True)

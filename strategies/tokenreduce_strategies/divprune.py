@@ -9,8 +9,8 @@ Algorithm, with d(i, j) = 1 - cos(x_i, x_j):
     3. output S in source order. Ties go to the lowest index.
 
 Shapes: features ``(B, N, D)`` -> picks ``(B, k)`` -> kept ``(B, k, D)``. Cost: O(N^2 D) for the
-Gram matrix, then O(k N). Beyond 16384 tokens no N x N matrix is held: a tiled search finds the
-first pick, and the greedy steps recompute one row each, O(k N D).
+Gram matrix, then O(k N). Beyond 16384 tokens no N x N matrix is held: tiles of it find the first
+pick, and the greedy steps multiply the tokens by those picked, O(k N D).
 
 Deviations from the official code: batches (it takes one image); float32 cosines under half
 precision; distances within 1e-6 count as ties. Picks equal those of the official code on recorded
@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenreduce.neighbors import nearest
 from tokenreduce.ops import farthest_first, first_argmax, gram_matrix, unit_vectors
+from tokenreduce.ops.similarity import closest_cosine
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
 
@@ -53,8 +53,7 @@ class DivPrune(Selector):
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         unit = unit_vectors(tokens.features.detach())
         if tokens.count > GRAM_LIMIT:
-            closest = nearest(unit, unit, 1, exclude_self=True)[0].squeeze(2)
-            return farthest_first(unit, k, first=first_argmax(-closest, scale=1.0))
+            return farthest_first(unit, k, first=first_argmax(-closest_cosine(unit), scale=1.0))
         # As many items at once as fit into one Gram matrix of the largest size.
         together = max(1, GRAM_LIMIT**2 // tokens.count**2)
         return torch.cat([_pick_from_gram(part, k) for part in unit.split(together)])

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import TIE_TOLERANCE, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, gram_matrix, unit_vectors
 from tokenreduce.reducer import Scorer
 from tokenreduce.tokens import VisualTokens
 
@@ -87,29 +87,34 @@ class GPrune(Scorer):
         unit = unit_vectors(features)
         information: Tensor = torch.linalg.vector_norm(features, dim=2)
         rows = max(1, TILE_ENTRIES // (batch * n))
-        held: list[tuple[Tensor, Tensor]] = []
-        degrees = []
+        held: tuple[Tensor, ...] = ()
+        if n <= GRAM_LIMIT:
+            held = gram_matrix(unit).split(rows, dim=1)
+            # The unit vectors are not needed beside their Gram matrix.
+            del unit
+        totals, degrees = [], []
         for iteration in range(self.iterations):
             arriving = torch.zeros_like(information)
             for tile, start in enumerate(range(0, n, rows)):
-                if iteration == 0 or n > GRAM_LIMIT:
-                    edges, total, degree = self._edges(unit[:, start : start + rows], unit)
+                edges = held[tile] if held else unit[:, start : start + rows] @ unit.mT
+                if iteration == 0 or not held:
+                    total, degree = self._weigh(edges)
+                    totals.append(total)
                     degrees.append(degree)
-                    if n <= GRAM_LIMIT:
-                        held.append((edges, total))
-                else:
-                    edges, total = held[tile]
-                leaving = information[:, start : start + rows] / total
+                leaving = information[:, start : start + rows] / totals[tile]
                 arriving += (leaving[:, None] @ edges).squeeze(1)
             information = arriving
         return information / torch.cat(degrees, dim=1)[:, :n].clamp(min=1)
 
-    def _edges(self, unit: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights ``(b, n, N)`` of edges up to a factor for each row; their sums; their numbers."""
-        cosine = unit @ others.mT
+    def _weigh(self, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines ``(b, n, N)`` become weights, up to a factor for each row.
+
+        Returns:
+            sums of the weights of each row, and their numbers.
+        """
         least = self.similarity - TIE_TOLERANCE
-        degree = (cosine > least).sum(2, dtype=torch.int32)
+        degree = (edges > least).sum(2, dtype=torch.int32)
         # The largest cosine of a row is its own, 1, so that the softmax does not overflow.
-        weight = torch.nn.functional.threshold(cosine, least, -torch.inf, inplace=True)
-        weight = weight.sub_(1).div_(self.temperature).exp_()
-        return weight, weight.sum(2).clamp(min=torch.finfo(torch.float32).tiny), degree
+        torch.nn.functional.threshold(edges, least, -torch.inf, inplace=True)
+        edges.sub_(1).div_(self.temperature).exp_()
+        return edges.sum(2).clamp(min=torch.finfo(torch.float32).tiny), degree

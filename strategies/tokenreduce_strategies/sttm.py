@@ -64,6 +64,9 @@ from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
 
+#: Pairs of cells that are compared at a time: 2 MiB each at 1024 channels in float32.
+PAIRS = 512
+
 
 class Cells(NamedTuple):
     """The cells that a clip is cut into, n of them, by frame and first token.
@@ -158,7 +161,12 @@ class STTM(Reducer):
         # A cell over another one contains it or lies in it, since both are of one pyramid.
         pairs = torch.stack([frames[:-1].flatten(), frames[1:].flatten()]).unique(dim=1)
         before, after = pairs
-        cosine = cosine_similarity(cells.features[before], cells.features[after], dim=1)
+        cosine = torch.cat(
+            [
+                cosine_similarity(cells.features[one], cells.features[two], dim=1)
+                for one, two in zip(before.split(PAIRS), after.split(PAIRS), strict=True)
+            ]
+        )
         if k is None:
             if self.temporal_threshold <= 0:
                 return own
@@ -226,7 +234,13 @@ def cut(
 
 def _least_cosine(pooled: Tensor, finer: Tensor, parent: Tensor, parts: Tensor) -> Tensor:
     """``(T, h w)`` the lowest cosine of each cell with its four parts."""
-    cosine = cosine_similarity(pooled[:, parent], finer, dim=2)
+    # Frame by frame: the cells spread over their parts are as large as these.
+    cosine = torch.stack(
+        [
+            cosine_similarity(cells[parent], own, dim=1)
+            for cells, own in zip(pooled, finer, strict=True)
+        ]
+    )
     least = torch.full_like(pooled[..., 0], torch.inf)
     least = least.scatter_reduce(1, parent.expand_as(cosine), cosine, "amin")
     with_first = cosine_similarity(pooled, finer[:, :1], dim=2)

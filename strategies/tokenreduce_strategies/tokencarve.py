@@ -62,7 +62,7 @@ def information(states: Tensor) -> Tensor:
     real = scale > RANK_TOLERANCE * scale[:, -1:]
     # U S = X V by the right singular vectors, or from the left ones themselves.
     spread = x @ basis if wide else basis * scale[:, None]
-    gain: Tensor = (spread.abs() * real[:, None]).sum(2)
+    gain: Tensor = (spread.abs_() @ real[..., None].to(spread.dtype)).squeeze(2)
     return gain
 
 

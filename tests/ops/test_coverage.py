@@ -36,13 +36,14 @@ def test_oracle(cloud, chunk, data):
     bonus = torch.randint(0, 3, (batch, n), generator=generator) / 2
     bonus = data.draw(st.sampled_from([None, bonus]))
     unit = torch.nn.functional.normalize(cloud, dim=-1)
-    usual, coverage.CHUNK = coverage.CHUNK, chunk
+    usual = coverage.CHUNK, coverage.LISTED, coverage.LONGER
+    coverage.CHUNK, coverage.LISTED, coverage.LONGER = chunk, 2 * chunk, 2
     try:
         picks = greedy_coverage(
             lambda ask: gather_tokens(unit, ask) @ unit.mT, k, weight=weight, bonus=bonus
         )
     finally:
-        coverage.CHUNK = usual
+        coverage.CHUNK, coverage.LISTED, coverage.LONGER = usual
     for b in range(batch):
         gram = unit[b].double() @ unit[b].double().T
         plus = torch.zeros(n) if bonus is None else bonus[b]

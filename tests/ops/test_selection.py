@@ -1,6 +1,7 @@
 """Choosing by score: oracles in plain Python."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tokenreduce.ops import (
     farthest_first,
     first_argmax,
     gather_tokens,
+    spreading,
     top_k_indices,
     unit_vectors,
 )
@@ -124,7 +126,9 @@ def test_farthest_first(cloud, data):
     expected = [slow_farthest_first(item, k, first) for item in exact]
     start = torch.full((len(unit),), first)
     gram = unit @ unit.transpose(1, 2)
-    assert farthest_first(unit, k, first=start).tolist() == expected
+    for candidates in (2, spreading.CANDIDATES):
+        with patch.object(spreading, "CANDIDATES", candidates):
+            assert farthest_first(unit, k, first=start).tolist() == expected
     assert farthest_first(unit, k, first=start, gram=gram).tolist() == expected
 
 

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.similarity import CACHED_ENTRIES, l1_norm
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-
-#: Entries that are worked on at a time: 64 Ki float32 values, a quarter of a MiB.
-CACHED_ENTRIES = 1 << 16
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -38,9 +37,9 @@ def content_seed(features: Tensor) -> Tensor:
     batch, n, channels = features.shape
     # A few tokens at a time, which fit the cache: no copy of the features is made.
     parts = features.split(max(1, CACHED_ENTRIES // (batch * channels)), dim=1)
-    size = torch.cat([part.float().abs().sum(2) for part in parts], dim=1).double() / channels
-    total = torch.cat([part.float().sum(2) for part in parts], dim=1).double() / channels
-    mean = total.mean(1).float()[:, None, None]
+    size = l1_norm(features).double() / channels
+    mean = (torch.sum(features, 2, dtype=torch.float32).double() / channels).mean(1)
+    mean = mean.float()[:, None, None]
     off = [torch.linalg.vector_norm(part.float() - mean, dim=2) for part in parts]
     spread = (torch.cat(off, dim=1).double().square().mean(1) / channels).sqrt()
     half = size[:, : max(1, n // 2)]

@@ -9,6 +9,8 @@ from tokenreduce.ops.gathering import gather_tokens
 #: their similarity to everything is 0.
 SMALLEST_NORM = 1e-8
 
+#: Entries that are worked on at a time: 64 Ki float32 values, a quarter of a MiB.
+CACHED_ENTRIES = 1 << 16
 #: Rows of a Gram matrix that are computed at a time, from the diagonal on.
 GRAM_ROWS = 256
 
@@ -40,6 +42,20 @@ def directions(features: Tensor) -> Tensor:
     return unit.add_((norm == 0) * unit.shape[-1] ** -0.5)
 
 
+def l1_norm(features: Tensor) -> Tensor:
+    """Sum of magnitudes of each token, a few tokens at a time: no copy of the features is made.
+
+    Args:
+        features: ``(B, N, D)``, N > 0.
+
+    Returns:
+        ``(B, N)`` float32.
+    """
+    batch, _, channels = features.shape
+    parts = features.split(max(1, CACHED_ENTRIES // (batch * channels)), dim=1)
+    return torch.cat([part.float().abs().sum(2) for part in parts], dim=1)
+
+
 def gram_matrix(features: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Inner products of all pairs, about half of them computed: the matrix is symmetric.
 
@@ -61,6 +77,26 @@ def gram_matrix(features: Tensor, *, out: Tensor | None = None) -> Tensor:
             torch.mm(item[begin:end], item[begin:].T, out=products[begin:end, begin:])
             products[end:, begin:end] = products[begin:end, end:].T
     return gram
+
+
+def closest_cosine(unit: Tensor) -> Tensor:
+    """Cosine of each token with the one most similar to it, by rows of half the Gram matrix.
+
+    Args:
+        unit: ``(B, N, D)`` unit vectors, N > 1.
+
+    Returns:
+        ``(B, N)``.
+    """
+    closest = unit.new_full(unit.shape[:2], -torch.inf)
+    for begin in range(0, unit.shape[1], GRAM_ROWS):
+        tile = unit[:, begin : begin + GRAM_ROWS] @ unit[:, begin:].mT
+        # A token is no neighbour of its own.
+        tile.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        rows, columns = closest[:, begin : begin + GRAM_ROWS], closest[:, begin:]
+        torch.maximum(rows, tile.amax(2), out=rows)
+        torch.maximum(columns, tile.amax(1), out=columns)
+    return closest
 
 
 def similarity_to(unit: Tensor, index: Tensor, gram: Tensor | None) -> Tensor:
