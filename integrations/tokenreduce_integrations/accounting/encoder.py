@@ -16,11 +16,12 @@ from tokenreduce.errors import UnsupportedModel, UnsupportedSite
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.accounting.flops import count_flops
 from tokenreduce_integrations.accounting.parts import find_tower
-from tokenreduce_integrations.encoders.stack import Wrapper, restore_all
+from tokenreduce_integrations.encoders.stack import wrap_method
 from tokenreduce_integrations.pruning.encoders import picture_size
 from tokenreduce_integrations.pruning.surgery import plan_of
 from tokenreduce_integrations.pruning.timm_tower import adapt_timm_tower
 from tokenreduce_integrations.transformers.families import find_owner
+from tokenreduce_integrations.transformers.hooks import restore_methods
 from tokenreduce_integrations.transformers.skeleton import skeleton_of
 from tokenreduce_integrations.transformers.vision import PatchTowerSite, TiledTowerSite
 
@@ -120,11 +121,11 @@ def _shortened(model: nn.Module, stages: Sequence[Stage], tokens: int) -> Iterat
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     # Not by hooks: transformers' own, which collect hidden states, have to see whole ones.
-    wrappers = [
-        Wrapper(block, "forward", partial(around, length))
+    replaced = [
+        wrap_method(block, "forward", partial(around, length))
         for block, length in zip(blocks, lengths, strict=False)
     ]
     try:
         yield
     finally:
-        restore_all(wrappers)
+        restore_methods(replaced)
