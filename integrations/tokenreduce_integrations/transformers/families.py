@@ -247,6 +247,12 @@ def find_decoder(model: nn.Module) -> Any:
             "model, or one whose decoder TokenReduce does not know. Attach to a multimodal model "
             "such as LlavaForConditionalGeneration."
         )
+    if not hasattr(found.config, "num_hidden_layers"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no LLM that runs by itself: {type(found).__name__} reads "
+            "what an encoder left in a cache. Its tokens are reduced, but its cost is not counted, "
+            "and its weights are neither pruned nor quantized here."
+        )
     return found
 
 

@@ -25,6 +25,7 @@ from tokenreduce.errors import (
     UnsupportedModel,
     UnsupportedSite,
 )
+from tokenreduce_integrations.accounting.curves import language_model_cost
 
 # Each step takes the logits of the one before: rounding grows. What differs, differs by about 4.
 TOLERANCE = 1e-3
@@ -319,6 +320,11 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         tr.attach(denoising_reference.case().model, pipeline)
+
+
+def test_its_cost_is_not_counted() -> None:
+    with pytest.raises(UnsupportedModel, match="no LLM that runs by itself"):
+        language_model_cost(denoising_reference.case().model)
 
 
 def test_a_part_of_the_model_is_refused() -> None:
