@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import tokenreduce as tr
 from support.timm_llava import write_timm_llava
 from tokenreduce.errors import PipelineError, UnknownName, UnsupportedModel
 from tokenreduce_integrations.pruning.surgery import PLAN_FILE
+from tokenreduce_integrations.testbed.models import model_path
 
 pytest.importorskip("torchao", reason="needs the extra quant")
 pytest.importorskip("bitsandbytes", reason="needs the extra quant")
@@ -243,6 +246,27 @@ def test_a_folder_is_saved_to_again_and_moved(tmp_path: Path) -> None:
     (tmp_path / "saved").rename(tmp_path / "moved")
     again = tr.BuiltPipeline.from_pretrained(tmp_path / "moved")
     assert torch.equal(logits(again.model, inputs), expected)
+
+
+@pytest.mark.parametrize("quantizer", ["whole", "ao-int8", "bnb-int8", "quanto-int8"])
+def test_tied_weights_stay_tied(quantizer: str, tmp_path: Path) -> None:
+    if quantizer.startswith("quanto"):
+        pytest.importorskip("optimum.quanto", reason="needs the extra quanto")
+    shutil.copytree(model_path("b"), tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tied = pipeline(
+        str(tmp_path / "model"), QUANTIZERS[quantizer], ENCODERS["heads"], STAGES["lftr"]
+    )
+    built = tied.build()
+    inputs = prompt(built.processor)
+    expected = logits(built.model, inputs)
+    built.save_pretrained(tmp_path / "saved")
+    again = tr.BuiltPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again.model, inputs), expected)
+    for model in (built.model, again.model):
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_a_folder_that_held_another_model(tmp_path: Path) -> None:

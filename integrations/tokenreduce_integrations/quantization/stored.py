@@ -83,6 +83,7 @@ def load_quanto(own: type[Any], config: Any, folder: Path, settings: ModelSettin
     if settings.attention is not None:
         model.set_attn_implementation(settings.attention)
     _function("quanto:load_weights")(model, folder, settings.torch_device)
+    model.tie_weights()
     model.config.quantization_config = stored
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -45,6 +45,17 @@ TESTBED = "testbed:"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST_REASON = 400
+#: What transformers raises for files that are missing, damaged, or hold something else.
+_FAILURES = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
 #: What transformers says to do about weights of other shapes, which would make them random.
 _MISMATCH = "ignore_mismatched_sizes"
 
@@ -310,7 +321,7 @@ def _explained(settings: ModelSettings) -> Iterator[None]:
         yield
     except TokenReduceError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except _FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if _MISMATCH in reason:
             reason = "its weights have other shapes than the model that they are for"
@@ -351,6 +362,8 @@ def _remedy(settings: ModelSettings, error: Exception) -> str:
             "Give a folder that save_pretrained wrote, or the hub name of a model that this "
             "machine can download or has downloaded."
         )
+    if isinstance(error, ImportError):
+        return "Install that package, or give weights that need none."
     if isinstance(error, SafetensorError):
         return "The file is damaged or was not copied in full: fetch it again."
     if isinstance(error, RuntimeError):

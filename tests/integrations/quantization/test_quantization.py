@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,26 +179,60 @@ def test_four_bits_on_a_cpu_need_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int8 model as transformers alone writes it."""
-    folder = tmp_path_factory.mktemp("stored") / "model"
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything of the model but its weights."""
+    folder = tmp_path_factory.mktemp("stored") / "base"
     shutil.copytree(model_path("b"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    model, _ = load_model(settings(**quantized("torchao", "int8_weight_only")))
-    model.save_pretrained(folder)
     return folder
 
 
-def test_stored_weights_load_and_reduce(stored: Path) -> None:
+@pytest.fixture(scope="module")
+def stored(base: Path) -> Path:
+    """An int8 model as transformers alone writes it."""
+    model, _ = load_model(settings(**quantized("torchao", "int8_weight_only")))
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize(("backend", "scheme"), SCHEMES)
+def test_stored_weights_load_and_reduce(
+    backend: str, scheme: str, base: Path, tmp_path: Path
+) -> None:
+    """As transformers alone writes them."""
+    original, _ = load_model(settings(**quantized(backend, scheme)))
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    original.save_pretrained(folder)
     model, processor, run = tr.load_pipeline(
         {
-            "model": {"path": str(stored), "device": "cpu"},
+            "model": {"path": str(folder), "device": "cpu"},
             "reduce": [{"strategy": "lftr", "reduction": 8}],
         }
     ).build()
-    with run, torch.no_grad():
-        model(**prompt(processor))
+    inputs = prompt(processor)
+    with torch.no_grad():
+        model(**inputs)
         assert run.receipt.tokens_out == 18
-    assert changed(model)
+        run.detach()
+        assert torch.equal(model(**inputs).logits, original(**inputs).logits)
+    assert changed(model) == changed(original) != set()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "auto-round", "bits": 4}, "Install that package"),
+        ({}, "cannot be loaded"),
+        ("int8", "cannot be loaded"),
+    ],
+)
+def test_stored_methods_that_cannot_be_read(config: Any, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_path("b"), folder)
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, "quantization_config": config}))
+    with pytest.raises(PipelineError, match=message):
+        load_model(settings(folder))
 
 
 def test_stored_weights_are_not_quantized_again(stored: Path) -> None:
