@@ -170,10 +170,11 @@ def _unread(subject: Subject) -> list[str]:
 
 def _changes_something(subject: Subject, name: str) -> bool:
     for seed in range(4):
-        tokens, other = subject.image(5, 7, seed=seed), subject.image(5, 7, seed=seed + 50)
-        signals = {**tokens.signals, name: other.signals[name]}
-        swapped = VisualTokens(tokens.features, tokens.layout, signals=signals)
-        for keep in (3, 9, 20):
+        # Some signals matter only once a budget is large enough.
+        for grid, keep in (((5, 7), 3), ((5, 7), 9), ((5, 7), 20), ((12, 12), 72)):
+            tokens, other = (subject.image(*grid, seed=number) for number in (seed, seed + 50))
+            signals = {**tokens.signals, name: other.signals[name]}
+            swapped = VisualTokens(tokens.features, tokens.layout, signals=signals)
             reducer = subject.create(keep=keep)
             try:
                 if equal_reductions(reducer(tokens), reducer(swapped)):

@@ -1,0 +1,1 @@
+"""HiPrune for TokenReduce."""
