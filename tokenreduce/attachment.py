@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
@@ -343,8 +344,11 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
     """
     registry = installed().model_adapters
     by_class = {qualified: name for name in registry for qualified in registry[name].models}
+    patterns = [pattern for pattern in by_class if "*" in pattern]
     for ancestor in type(model).__mro__:
-        name = by_class.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        qualified = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        matching = (pattern for pattern in patterns if fnmatchcase(qualified, pattern))
+        name = by_class.get(qualified) or by_class.get(next(matching, ""))
         if name is not None:
             adapter: ModelAdapter = registry.resolve(name)()
             return adapter

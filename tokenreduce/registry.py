@@ -67,7 +67,9 @@ class ModelAdapterRecord(ComponentRecord):
     Attributes:
         models: qualified names (``"module.Class"``) of the model classes it serves; a model is
             matched by the nearest class of its method resolution order, so naming a base class
-            serves every subclass, and nothing is imported to find out.
+            serves every subclass, and nothing is imported to find out. A name may hold ``*`` for
+            any characters: classes that ship with a model live in modules whose names change with
+            the files, as in ``"transformers_modules.*.modeling_x.Class"``.
         loader: ``"module:function"`` that loads such a model for a pipeline, or an empty string.
         saver: ``"module:function"`` that writes such a model to a folder that ``loader`` reads, or
             an empty string.

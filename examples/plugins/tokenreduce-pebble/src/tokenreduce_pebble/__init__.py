@@ -1,0 +1,1 @@
+"""TokenReduce for Pebble."""
