@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenreduce.errors import PipelineError
 from tokenreduce.neighbors.exact import Metric, earlier_within, nearer, nearest_exact
 from tokenreduce.ops.selection import first_argmax
-from tokenreduce.ops.similarity import directions, unit_vectors
+from tokenreduce.ops.similarity import SMALLEST_NORM, directions, unit_vectors
 from tokenreduce.ops.tracks import cosine_to
 
 #: Channels of the projected tokens: a quarter of 1024.
@@ -91,12 +91,13 @@ class FaissSearch(ABC):
             unit = directions(features[rows[block]])
             key = unit_vectors(unit @ basis)
             value[block], place[block] = earlier_within(unit, start)
-            if start:
-                for proposal in _search(index, key, 1 + SPARE).T:
-                    near = (unit * directions(features[rows[proposal.clamp(min=0)]])).sum(-1)
-                    near.masked_fill_(proposal < 0, -torch.inf)
-                    nearer(near, proposal, value, place, block)
-            index.add(_given(key))
+            if start == 0:
+                index.add(_given(key))
+                continue
+            for proposal in self.propose(index, key, 1 + SPARE).T:
+                near = _cosine(unit, features[rows[proposal.clamp(min=0)]])
+                near.masked_fill_(proposal < 0, -torch.inf)
+                nearer(near, proposal, value, place, block)
         for alone in (place < 0).nonzero()[1:, 0].tolist():
             # First of its block, and the lists that were probed were empty.
             own = directions(features[rows[alone]])
@@ -104,6 +105,15 @@ class FaissSearch(ABC):
             place[alone] = first_argmax(cosine, scale=1.0)
             value[alone] = cosine[place[alone]]
         return value, place
+
+    def propose(self, index: Any, vectors: Tensor, k: int) -> Tensor:
+        """Places ``(Q, k)`` of what an index holds that is like these vectors, which then join it.
+
+        -1 where there are fewer.
+        """
+        found = _search(index, vectors, k)
+        index.add(_given(vectors))
+        return found
 
     def _open(self, channels: int, count: int, metric: Any, device: torch.device) -> Any:
         """An index on a device.
@@ -146,6 +156,17 @@ class InvertedListSearch(FaissSearch):
         index.nprobe = min(8, lists)
         index.cp.niter, index.cp.min_points_per_centroid = FIT_PASSES, 1
         return index
+
+    def propose(self, index: Any, vectors: Tensor, k: int) -> Tensor:
+        """See :meth:`FaissSearch.propose`; the lists near a vector are looked up once for both."""
+        if vectors.is_cuda:
+            return super().propose(index, vectors, k)
+        given = vectors.numpy()
+        likeness, lists = index.quantizer.search(given, index.nprobe)
+        found = index.search_preassigned(given, k, lists, likeness)[1]
+        own = lists[:, 0].copy()
+        index.add_core(len(given), faiss.swig_ptr(given), None, faiss.swig_ptr(own))
+        return torch.as_tensor(found)
 
 
 class GraphSearch(FaissSearch):
@@ -194,6 +215,16 @@ def _search(index: Any, queries: Tensor, k: int) -> Tensor:
     if not len(queries):
         return torch.empty(0, k, dtype=torch.long, device=queries.device)
     return torch.as_tensor(index.search(_given(queries), k)[1])
+
+
+def _cosine(unit: Tensor, features: Tensor) -> Tensor:
+    """Inner products ``(Q,)`` of unit vectors and the directions of features, both ``(Q, D)``."""
+    features = features.float()
+    length = torch.linalg.vector_norm(features, dim=1)
+    # Vectors of length 0 share the direction of all channels alike; see `directions`.
+    alike = unit.sum(1) * unit.shape[1] ** -0.5
+    cosine = (unit * features).sum(1) / length.clamp(min=SMALLEST_NORM)
+    return torch.where(length == 0, alike, cosine)
 
 
 def _scores(queries: Tensor, keys: Tensor, place: Tensor, *, cosine: bool) -> Tensor:
