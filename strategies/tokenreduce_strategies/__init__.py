@@ -367,6 +367,7 @@ def register_strategies(register: Register) -> None:
         paper="2410.17247",
         presets={
             "official": {"site": "decoder", "schedule": {8: 0.5, 16: 0.25, 24: 0.125}},
+            "any-depth": {"site": "decoder", "schedule": {0.25: 0.5, 0.5: 0.25, 0.75: 0.125}},
         },
     )
     register(

@@ -116,7 +116,8 @@ def test_info_shows_presets(tokenreduce) -> None:
     assert 'site: "decoder", layer: 2, pivots: 4, keep_ratio: 0.111, official: true' in text
     presets = json.loads(tokenreduce("info", "pyramiddrop", "--json").stdout)["presets"]
     assert presets == {
-        "official": {"site": "decoder", "schedule": {"8": 0.5, "16": 0.25, "24": 0.125}}
+        "official": {"site": "decoder", "schedule": {"8": 0.5, "16": 0.25, "24": 0.125}},
+        "any-depth": {"site": "decoder", "schedule": {"0.25": 0.5, "0.5": 0.25, "0.75": 0.125}},
     }
 
 
