@@ -19,7 +19,7 @@ Deviations from the official code: it halves twice, to a quarter of each frame; 
 met. Between rounds tokens stay in source order, whereas the official code lists single sources
 first, by falling similarity, and lets the last bits of a product decide which tokens are even
 (``official=True`` does likewise; with a quarter of an even grid nothing differs). Similarities
-within 1e-6 are ties. :func:`merge_rounds` equals the official code on recorded cases. Its second
+within 2.5e-7 are ties. :func:`merge_rounds` equals the official code on recorded cases. Its second
 part, which prunes tokens between layers of the LLM by PageRank over attention, is `aim-prune`.
 
 Published, LLaVA-OneVision-7B, both parts together: VideoMME 58.2 (full model 58.2), MLVU 63.7

@@ -15,7 +15,7 @@ O(N^2 D / 4) in the first fold, a quarter of that in the next, so at most O(N^2 
 
 Deviations from the official code: features are matched where it matches attention keys, and the
 whole budget is met after the projector (the full version spreads it over three encoder blocks and
-lowers the similarity of attended tokens); two tokens can fold into one; similarities within 1e-6
+lowers the similarity of attended tokens); two tokens can fold into one; similarities within 2.5e-7
 are ties, and the first token wins. Outputs are plain means. The official code multiplies them by
 1 + ln(size) if it folded more than once or merged less than a third (``official=True``). Groups,
 sizes and features equal those of the official code on recorded cases.

@@ -15,7 +15,7 @@ Gram matrix, O(N^2) for each iteration. Beyond 16384 tokens the matrix is recomp
 for each iteration.
 
 Deviations from the official code: a vector is propagated instead of raising A to a power; zero
-vectors count as their own only neighbour; cosines within 1e-6 below ``similarity`` are edges. It
+vectors count as their own only neighbour; cosines within 2.5e-7 below ``similarity`` are edges. It
 runs separately on thumbnail and tiles: wrap this in ``per_tile`` for the same. Tokens and scores
 equal those of the official code on recorded cases.
 

@@ -14,7 +14,7 @@ Shapes: features ``(B, N, D)``, prompt embeddings ``(B, P, D)`` -> picks ``(B, k
 is held: O(k N D).
 
 There is no official code: this follows published descriptions. The threshold of 0.9 and step 3 are
-choices of this implementation. Cosines within 1e-6 above the threshold do not count as above it;
+choices of this implementation. Cosines within 2.5e-7 above the threshold do not count as above it;
 ties go to the lowest index.
 
 ```bibtex

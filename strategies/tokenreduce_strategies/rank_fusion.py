@@ -11,7 +11,7 @@ Shapes: scores ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N log N); the features 
 
 LLaVA-Meteor selects tokens so, by a visual and a native expert; its experts are trained and there
 is no official code. This is the selection alone, over two signals that the user names; with the
-default ones it is no published method. Scores within 1e-6 of each other, relative to the largest,
+default ones it is no published method. Scores within 2.5e-7 of each other, relative to the largest,
 share a rank; ties go to the lowest index.
 
 Published: LLaVA-Meteor, with trained experts, 75 to 95 percent fewer tokens at comparable results

@@ -20,8 +20,9 @@ Deviations from the official code: it matches attention keys inside each block o
 removes a fixed number per block; at the projector site, features are matched after the projector,
 until the budget is met exactly. Between rounds tokens stay in source order (the official order, by
 similarity, would let the last bits of a product decide which tokens are even). Similarities within
-1e-6 are ties, and the first token wins. Attention over merged tokens is not corrected by log size:
-the LLM stays as it is. One round, :func:`merge_round`, equals the official code on recorded cases.
+2.5e-7 are ties, and the first token wins. Attention over merged tokens is not corrected by log
+size: the LLM stays as it is. One round, :func:`merge_round`, equals the official code on recorded
+cases.
 
 Published, on LLaVA-1.5-7B in percent of the full model: 88.5 with 192 tokens, 70.1 with 64 (table
 of the VScan repository), 88.9 with 192, 71.1 with 64 (SparseVLM). Those merge inside the encoder.

@@ -12,7 +12,7 @@ from tokenreduce.ops.determinant import SPAN_TOLERANCE, greedy_determinant
 def slow(kernel, k):
     """Each time, the first token of the largest det(L[S + i]) / det(L[S])."""
     n = len(kernel)
-    tie = 1e-6 * float(kernel.diagonal().max())
+    tie = 2.5e-7 * float(kernel.diagonal().max())
     picked = []
     while len(picked) < k:
         gains = {}

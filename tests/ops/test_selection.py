@@ -64,7 +64,7 @@ def test_first_argmax(cloud, scale):
 
 
 def test_ties_go_to_the_lowest_index():
-    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0 + 1e-6, -torch.inf]])
+    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0 + 5e-7, -torch.inf]])
     assert first_argmax(scores).tolist() == [1]
     assert top_k_indices(scores, 2).tolist() == [[1, 2]]
     assert top_k_indices(scores, 4).tolist() == [[1, 2, 3, 4]]
@@ -135,7 +135,7 @@ def test_farthest_first(cloud, data):
 def test_noise_among_duplicates_is_no_distance():
     unit = unit_vectors(torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)))
     unit = unit.expand(1, 6, 64)
-    noise = 1e-7 * torch.tensor([[0.0, 1, 0, 2, 0, 3]])
+    noise = 2e-8 * torch.tensor([[0.0, 1, 0, 2, 0, 3]])
     gram = (unit @ unit.transpose(1, 2)) - noise[:, None] - noise[..., None]
     picks = farthest_first(unit, 4, first=torch.tensor([2]), gram=gram)
     assert picks.tolist() == [[2, 0, 1, 3]]

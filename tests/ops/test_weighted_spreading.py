@@ -8,7 +8,7 @@ from support.clouds import clouds, quick
 from tokenreduce.ops import weighted_spreading as module
 from tokenreduce.ops.weighted_spreading import weighted_farthest_first
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, w, k):

@@ -8,7 +8,7 @@ from support.clips import clips, structured_clip
 from support.clouds import quick
 from tokenreduce_strategies.aim import AIM, rounds
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, keep):

@@ -8,7 +8,7 @@ from support.clouds import quick
 from tokenreduce import VisualTokens
 from tokenreduce_strategies.cdpruner import CDPruner, conditional_relevance
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, v, t, k):

@@ -9,7 +9,7 @@ from tokenreduce import VisualTokens
 from tokenreduce_strategies import divprune
 from tokenreduce_strategies.divprune import DivPrune
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def first_of_the_largest(values):

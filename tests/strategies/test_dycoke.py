@@ -10,7 +10,7 @@ from support.clouds import quick
 from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce_strategies.dycoke import DyCoke, shared_counts
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def least_similar(x, reference, count):

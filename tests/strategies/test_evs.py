@@ -11,7 +11,7 @@ from tokenreduce import VisualTokens
 from tokenreduce_strategies.evs import EVS
 from tokenreduce_strategies.uniform import Uniform
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, k):

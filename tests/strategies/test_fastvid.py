@@ -12,7 +12,7 @@ from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.frames import segment_lengths
 from tokenreduce_strategies.fastvid import FastVID
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, attention, strategy, k):

@@ -12,7 +12,7 @@ from tokenreduce.ops.frames import segment_lengths
 from tokenreduce_strategies import flashvid
 from tokenreduce_strategies.flashvid import FlashVID, merge_segment
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow_trees(x, free, keep, threshold):

@@ -10,7 +10,7 @@ from support.clouds import clouds, quick
 from tokenreduce import VisualTokens
 from tokenreduce_strategies.folder import Folder
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, s, k):

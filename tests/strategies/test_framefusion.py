@@ -12,7 +12,7 @@ from tokenreduce.errors import PipelineError
 from tokenreduce_strategies.framefusion import FrameFusion
 from tokenreduce_strategies.uniform import Uniform
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, linked):

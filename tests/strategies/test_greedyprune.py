@@ -11,7 +11,7 @@ from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce_strategies import greedyprune
 from tokenreduce_strategies.greedyprune import GreedyPrune
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, t, k, tau):

@@ -11,7 +11,7 @@ from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce_strategies import mmtok
 from tokenreduce_strategies.mmtok import MMTok
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, t, v, k, alpha=0.5, text_temperature=0.01, image_temperature=0.2):

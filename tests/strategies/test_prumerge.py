@@ -14,7 +14,7 @@ from tokenreduce_strategies.prumerge import PruMerge
 from tokenreduce_strategies.prumerge_plus import PruMergePlus
 from tokenreduce_strategies.remainders import outlier_share
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, keys, a, kept, neighbours):

@@ -11,7 +11,7 @@ from tokenreduce import VisualTokens
 from tokenreduce_strategies import prunesid
 from tokenreduce_strategies.prunesid import PruneSID, choose, component_groups, quotas, suppress
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow_survivors(x, a, groups, factor):

@@ -11,7 +11,7 @@ from tokenreduce.errors import PipelineError
 from tokenreduce_strategies import scope
 from tokenreduce_strategies.scope import Scope
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, a, k, alpha, combine):

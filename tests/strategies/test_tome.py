@@ -8,7 +8,7 @@ from support.clouds import clouds, quick
 from tokenreduce import VisualTokens
 from tokenreduce_strategies.tome import ToMe, merge_round
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, s, k):

@@ -10,7 +10,7 @@ from tokenreduce import VisualTokens
 from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce_strategies.visionzip import VisionZip
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, keys, attention, k, share):

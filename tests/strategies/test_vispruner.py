@@ -11,7 +11,7 @@ from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce_strategies import vispruner
 from tokenreduce_strategies.vispruner import VisPruner
 
-TIE = 1e-6
+TIE = 2.5e-7
 
 
 def slow(x, a, k, important, step):

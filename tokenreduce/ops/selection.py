@@ -8,7 +8,8 @@ from tokenreduce.errors import ReductionError
 #: Scores nearer than this, relative to the largest magnitude of the item, count as equal. A float32
 #: matrix product differs in its last bits between batch shapes; without a tolerance an item could
 #: be reduced differently alone and in a batch, and duplicate frames would be told apart by noise.
-TIE_TOLERANCE = 1e-6
+#: It is no larger than that takes: official code has none, and tells apart what differs by more.
+TIE_TOLERANCE = 2.5e-7
 
 #: How many runners-up are looked at for ties, and how many times more tokens make that worth it.
 SPARE, SPARE_FACTOR = 4, 8
