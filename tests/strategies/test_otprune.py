@@ -16,7 +16,7 @@ def slow(x, k, gamma):
     x = x.double() / x.double().norm(dim=0)
     gram = x @ x.T
     kernel = torch.eye(len(x), dtype=torch.float64) + gamma * gram @ gram.T
-    tie = 2.5e-7 * float(kernel.diagonal().max())
+    tie = 2.5e-7 * float(kernel.diagonal().max() - 1)
     picked = []
     while len(picked) < k:
         base = float(torch.linalg.det(kernel[picked][:, picked])) if picked else 1.0

@@ -40,7 +40,8 @@ def greedy_determinant(left: Tensor, right: Tensor, k: int, *, ridge: float = 0.
     batch, n, _ = left.shape
     item = torch.arange(batch, device=left.device)
     tiny = torch.finfo(left.dtype).tiny
-    gain = (left * right).sum(2) + ridge
+    # Less the ridge, which all tokens share: beside it, small differences would look like rounding.
+    gain = (left * right).sum(2)
     least = gain * SPAN_TOLERANCE
     scale = gain.amax(1, keepdim=True).clamp(min=tiny)
     factor = left.new_empty(batch, k, n)
@@ -65,7 +66,7 @@ def greedy_determinant(left: Tensor, right: Tensor, k: int, *, ridge: float = 0.
         roots = []
         for step in range(done, last):
             picks[:, step] = newest
-            roots.append(pivot.clamp(min=tiny).sqrt())
+            roots.append((pivot + ridge).clamp(min=tiny).sqrt())
             if step == last - 1:
                 break
             row = torch.bmm(near_right, left[item, newest, :, None]).squeeze(2)
