@@ -110,11 +110,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = []
     for row in rows:
-        value, low, high = (100 * x for x in row["difference"])
+        macro, lost = ([100 * x for x in row[name]] for name in ("accuracy", "difference"))
         speeds = " | ".join(f"{speed:.2f}x" for speed in row["speedup"].values())
         lines.append(
-            f"| {row['variant']} | {100 * row['accuracy'][0]:.1f} | "
-            f"{value:+.1f} [{low:+.1f}, {high:+.1f}] | {row['visual_tokens']:.0f} | "
+            f"| {row['variant']} | {macro[0]:.1f} [{macro[1]:.1f}, {macro[2]:.1f}] | "
+            f"{lost[0]:+.1f} [{lost[1]:+.1f}, {lost[2]:+.1f}] | {row['visual_tokens']:.0f} | "
             f"{row['parameters'] / 1e6:.2f} | {row['weight_bytes'] / 2**20:.2f} | "
             f"{row['flops']['total'] / 1e6:.0f} | {row['kv_bytes'] / 1024:.0f} | "
             f"{speeds} |"
@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 HEADINGS = (
     "| variant | accuracy | difference | visual tokens | parameters, M | weights, MiB | MFLOPs | "
     "KV, KiB | " + " | ".join(f"first token, batch {batch}" for batch in BATCH_SIZES) + " |\n"
-    "|---|---:|---|---:|---:|---:|---:|---:|" + "---:|" * len(BATCH_SIZES)
+    "|---|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(BATCH_SIZES)
 )
 
 
