@@ -8,10 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tokenreduce.errors import ProjectError
 from tokenreduce.plugins import installed
 from tokenreduce_integrations.scaffold import KINDS, LONGEST_NAME, write_project
+from tokenreduce_integrations.testbed.scenes import SceneGenerator
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = {
@@ -177,3 +179,9 @@ def test_a_real_installation(kind: str, tmp_path: Path) -> None:
         assert f"{name} 0.1.0" in run(command, "list", name, cwd=tmp_path, **outside).stdout
     tested = run(python, "-m", "pytest", "-q", cwd=tmp_path / name, **outside)
     assert tested.returncode == 0, tested.stdout + tested.stderr
+    if kind != "adapter":
+        Image.fromarray(SceneGenerator(seed=3).sample().image).save(tmp_path / "scene.png")
+        question = ("scene.png", "what is the background ?")
+        done = run(command, "run", f"{name}/pipeline.yaml", *question, cwd=tmp_path, **outside)
+        assert done.returncode == 0, done.stderr
+        assert "144 -> 18" in done.stdout
