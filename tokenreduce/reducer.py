@@ -364,7 +364,7 @@ def _reinstate_protected(tokens: VisualTokens, inner: Reduction) -> Reduction:
         flags = torch.cat([inner.synthetic, torch.zeros_like(guarded, dtype=torch.bool)], dim=1)
         synthetic = flags.gather(1, order)
     batch = torch.arange(tokens.batch, device=device)[:, None]
-    features = torch.cat([inner.features, tokens.features[batch, guarded]], dim=1)
+    features = torch.cat([inner.features, tokens.values[batch, guarded]], dim=1)
     return Reduction(
         features=features[batch, order],
         positions=positions.gather(1, order),

@@ -46,7 +46,7 @@ class Reduction:
         """Every token as it is, with the reason."""
         everyone = torch.arange(tokens.count, device=tokens.features.device)
         everyone = everyone.expand(tokens.batch, -1)
-        return cls(features=tokens.features, positions=everyone, assignment=everyone, reason=reason)
+        return cls(features=tokens.values, positions=everyone, assignment=everyone, reason=reason)
 
     @classmethod
     def from_kept(cls, tokens: VisualTokens, kept: Tensor) -> Reduction:
@@ -65,7 +65,7 @@ class Reduction:
         ranks = torch.arange(positions.shape[1], device=positions.device)
         assignment.scatter_(1, positions, ranks.expand_as(positions))
         return cls(
-            features=gather_tokens(tokens.features, positions),
+            features=gather_tokens(tokens.values, positions),
             positions=positions,
             assignment=assignment,
             verified=positions,
@@ -108,7 +108,7 @@ class Reduction:
         groups = torch.where(groups < 0, DROPPED, rank.gather(1, groups.clamp(min=0)))
         merge = group_weights(groups, tokens.sizes if weights is None else weights, count)
         return cls(
-            features=merge_tokens(tokens.features, merge, count),
+            features=merge_tokens(tokens.values, merge, count),
             positions=positions.gather(1, order),
             assignment=groups,
             weights=merge,
@@ -274,7 +274,10 @@ class Reduction:
         Raises:
             ReductionError: naming the strategy and what is wrong.
         """
-        b, n, d = tokens.features.shape
+        b, n, d = tokens.values.shape
+        if self.features.shape[-1] == tokens.features.shape[2]:
+            # Wrappers put outputs together of what was compared.
+            d = self.features.shape[-1]
         m = self.positions.shape[-1]
         for name, tensor, shape in (
             ("features", self.features, (b, m, d)),

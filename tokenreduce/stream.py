@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 #: The least tokens that arrive before the stream is reduced again, unless a user says otherwise.
 WINDOW = 8192
 
-#: Tokens that move, and channels that merge, at once.
-BLOCK = 128
+#: Tokens that move at once, and channels that merge at once.
+TOKENS, CHANNELS = 128, 32
 
 
 class TokenStream:
@@ -35,8 +34,8 @@ class TokenStream:
     merges into those is carried beside them, weighted as the strategy says. How frames are cut
     into calls of :meth:`feed` does not matter.
 
-    Memory: the budget and a window; where the strategy merges, the budget again for what merged;
-    and once more while it reduces, for what it makes of the tokens as they arrived.
+    Memory: the budget and a window; and where the strategy merges, the budget again for what
+    merged.
 
     Args:
         reducer: the strategy; a budget of its own is replaced.
@@ -150,8 +149,7 @@ class TokenStream:
                 f"{self.reducer.name} kept {reduction.kept} tokens, the stream holds {self.budget}:"
                 " it does not meet a budget exactly. Use a strategy that does, such as lftr."
             )
-        # Its features are of the tokens as they arrived, and only in the way here.
-        return replace(reduction, features=reduction.features[..., :0].clone())
+        return reduction
 
     def _reduce(self) -> None:
         """Make room for a window."""
@@ -164,7 +162,7 @@ class TokenStream:
             self._merged = self._merge(reduction, into=self._merged)
         sizes, left = reduction.group_sizes(held.sizes)[0], slice(count)
         features = self._room()
-        for block in torch.arange(count).split(BLOCK):
+        for block in torch.arange(count).split(TOKENS):
             # Tokens move towards the front, so none is overwritten before it moves.
             features[block] = features[kept[block]]
         self._coords[left] = self._coords[kept.cpu()]
@@ -179,8 +177,8 @@ class TokenStream:
         merged = into
         if merged is None or len(merged) != len(kept):
             merged = space.new_empty(len(kept), channels)
-        for start in range(0, channels, BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, channels, CHANNELS):
+            block = slice(start, start + CHANNELS)
             values = self._values(block)
             if reduction.weights is None:
                 merged[:, block] = values[kept]
@@ -201,6 +199,8 @@ class TokenStream:
             features,
             self._coords[: self._held],
             sizes=self._sizes[None, : self._held].to(features.device),
+            # What the strategy would make of tokens as they arrived is of no use: see `_merge`.
+            values=features[..., :1],
         )
 
     def _room(self) -> Tensor:

@@ -173,7 +173,7 @@ def _require_tensors(**values: object) -> None:
         TokensError: naming the argument.
     """
     for name, value in values.items():
-        optional = name in ("protected", "sizes")
+        optional = name in ("protected", "sizes", "values")
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise TokensError(f"{name} must be a torch tensor, got {type(value).__name__}.")
 
@@ -202,6 +202,8 @@ class VisualTokens:
         protected: ``(N,)`` booleans; only with ``coords`` given as a tensor.
         sizes: ``(B, N)`` how many source tokens each token stands for; ones if omitted.
         signals: named tensors, see :mod:`tokenreduce.signals`.
+        values: ``(B, N, V)`` what outputs are made of, where that is not what strategies compare;
+            the features if omitted.
 
     Raises:
         TokensError: if a shape or a type is wrong.
@@ -216,8 +218,9 @@ class VisualTokens:
         protected: Tensor | None = None,
         sizes: Tensor | None = None,
         signals: Mapping[str, Tensor] | None = None,
+        values: Tensor | None = None,
     ) -> None:
-        _require_tensors(features=features, sizes=sizes, **dict(signals or {}))
+        _require_tensors(features=features, sizes=sizes, values=values, **dict(signals or {}))
         if features.ndim != 3 or not features.is_floating_point():
             raise TokensError(
                 "features must be floating point of shape (batch, tokens, channels), got "
@@ -237,7 +240,15 @@ class VisualTokens:
                 f"sizes must be floating point of shape {(batch, n)}, got {sizes.dtype} "
                 f"{tuple(sizes.shape)}."
             )
+        if values is not None and (
+            values.shape[:2] != (batch, n) or values.ndim != 3 or values.dtype != features.dtype
+        ):
+            raise TokensError(
+                f"values must be of shape {(batch, n)} with channels and of the features' type, "
+                f"got {values.dtype} {tuple(values.shape)}."
+            )
         self.features = features
+        self.values = features if values is None else values
         self.layout = layout
         self._sizes = sizes
         self.signals = MappingProxyType(dict(signals or {}))
@@ -292,6 +303,10 @@ class VisualTokens:
     def protected(self) -> Tensor:
         """``(N,)`` tokens that must survive, on the features' device."""
         return self.layout.protected.to(self.features.device)
+
+    @property
+    def _own_values(self) -> bool:
+        return self.values is self.features
 
     @property
     def has_sizes(self) -> bool:
@@ -351,6 +366,7 @@ class VisualTokens:
                 name: signal.index_select(1, on_device) if vocabulary[name].per_token else signal
                 for name, signal in self.signals.items()
             },
+            values=None if self._own_values else self.values.index_select(1, on_device),
         )
 
     def item(self, index: int) -> VisualTokens:
@@ -360,6 +376,7 @@ class VisualTokens:
             self.layout,
             sizes=None if self._sizes is None else self._sizes[index : index + 1],
             signals={name: signal[index : index + 1] for name, signal in self.signals.items()},
+            values=None if self._own_values else self.values[index : index + 1],
         )
 
     def __repr__(self) -> str:

@@ -96,5 +96,5 @@ class Folder(Reducer):
         factor = 1 + reduction.group_sizes(tokens.sizes).log()
         weights = reduction.weights
         weights = weights._replace(value=weights.value * factor.gather(1, weights.output))
-        features = merge_tokens(tokens.features, weights, k)
+        features = merge_tokens(tokens.values, weights, k)
         return replace(reduction, features=features, weights=weights)

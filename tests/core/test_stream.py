@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import tokenreduce as tr
 from support.reducers import KeepsAll
 from tokenreduce.errors import BudgetError, MissingSignal, TokensError
+from tokenreduce.reducer import Merger
+from tokenreduce.testing.cost import peak_growth
 
 LFTR = tr.create_strategy("lftr", neighbors="torch")
 TOPK = tr.create_strategy("norm-topk")
@@ -119,3 +123,31 @@ def test_what_a_stream_cannot_do_is_refused() -> None:
         stream.feed(clip[0].double(), (4, 4))
     with pytest.raises(BudgetError, match="does not meet a budget"):
         fed(KeepsAll(), frames(40), budget=3, window=20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Merger):
+    """Merges runs of equal length; needs next to no memory itself."""
+
+    def assign(self, tokens, k):
+        return (torch.arange(tokens.count) * k // tokens.count).expand(tokens.batch, -1)
+
+
+def test_memory_is_twice_the_budget_and_a_window() -> None:
+    channels, budget, window = 2048, 2048, 2048
+    clip = torch.randn(32, 256, channels)
+
+    def feed() -> None:
+        stream = Runs().stream(budget=budget, window=window)
+        for frame in clip:
+            stream.feed(frame, (1, 16, 16))
+
+    grown = peak_growth(feed)
+    assert grown is None or grown < 1.1 * (2 * budget + window) * 4 * channels
+
+
+def test_a_wrapper_can_be_fed() -> None:
+    clip = frames(40)
+    reducer = tr.per_segment(TOPK, frames=4)
+    tokens = fed(reducer, clip, budget=40, window=128).tokens()
+    assert tokens.features.shape == (1, 40, 16)
