@@ -10,6 +10,8 @@ from tokenreduce.ops.similarity import SMALLEST_NORM, unit_vectors
 
 #: Entries of one tile of similarities: 1 Mi float32 values, 4 MiB.
 TILE_ENTRIES = 1 << 20
+#: Rows of a tile that are searched at a time.
+ROWS = 128
 
 
 class BipartiteMatch(NamedTuple):
@@ -59,7 +61,9 @@ def bipartite_match(keys: Tensor) -> BipartiteMatch:
     best, similarity = [], []
     for some, scale in zip(sources.split(rows, dim=1), length.split(rows, dim=1), strict=True):
         tile = some @ targets
-        best.append(first_argmax(tile, scale=scale))
+        # A few rows at a time, which fit the cache.
+        pieces = zip(tile.split(ROWS, dim=1), scale.split(ROWS, dim=1), strict=True)
+        best.append(torch.cat([first_argmax(piece, scale=one) for piece, one in pieces], dim=1))
         similarity.append((tile.gather(2, best[-1][..., None]) / scale).squeeze(2))
     positions = torch.arange(keys.shape[1], device=keys.device)
     return BipartiteMatch(
