@@ -89,6 +89,10 @@ class MediaError(TokenReduceError, ValueError):
     """An image, clip or prompt given by the user cannot be used."""
 
 
+class EvaluationError(TokenReduceError, ValueError):
+    """Data, results or settings of an evaluation that cannot be used, or do not belong together."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the nearest known names.
 

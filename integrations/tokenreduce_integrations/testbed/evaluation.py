@@ -38,12 +38,28 @@ from transformers import (
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout, VisualTokens
+from tokenreduce_integrations.evaluation import statistics
+from tokenreduce_integrations.evaluation.schema import Estimate
+from tokenreduce_integrations.evaluation.statistics import CONFIDENCE, RESAMPLES, Correct
 from tokenreduce_integrations.transformers.layouts import pooled_frames
 from tokenreduce_integrations.transformers.probes import TowerProbes, pools, towers
 
 from . import packed
 from .clips import ClipGenerator
 from .scenes import GRID_SIZE, Question, SceneGenerator
+
+__all__ = [
+    "CONFIDENCE",
+    "RESAMPLES",
+    "Bootstrap",
+    "Correct",
+    "EncodedScenes",
+    "Estimate",
+    "answer_questions",
+    "encode_clips",
+    "encode_scenes",
+    "reduce_features",
+]
 
 GRID: Final = Layout.from_grid((GRID_SIZE, GRID_SIZE))
 """Where the tokens of a scene lie."""
@@ -54,13 +70,6 @@ BATCH_SIZE: Final = 50
 """Scenes that are encoded, reduced and answered at once."""
 QUESTIONS: Final = 8
 """Most questions about a scene."""
-RESAMPLES: Final = 2000
-"""Bootstrap resamples."""
-CONFIDENCE: Final = 0.95
-"""Coverage of an interval."""
-
-Correct = NDArray[np.bool_]
-"""``(Q,)``: which answers are right, in the order of :attr:`EncodedScenes.questions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +104,6 @@ class EncodedScenes:
             tuple(question for question in row if question.type in types) for row in self.questions
         )
         return replace(self, questions=questions, types=tuple(types)), np.array(asked, bool)
-
-    @cached_property
-    def type_of(self) -> NDArray[np.int64]:
-        """``(Q,)`` index into :attr:`types` of each question."""
-        code = {name: index for index, name in enumerate(self.types)}
-        return np.array([code[question.type] for row in self.questions for question in row], int)
 
 
 @torch.no_grad()
@@ -247,22 +250,8 @@ def reduce_features(
     return reducer(VisualTokens(features, layout, signals=dict(signals or {})))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A value with its bootstrap interval (percentiles, :data:`CONFIDENCE`)."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-
-class Bootstrap:
-    """Macro accuracies and their differences, with intervals from resampled scenes.
-
-    Every estimate uses the same resamples, so that intervals of differences are paired.
+class Bootstrap(statistics.Bootstrap):
+    """The statistics of answers to the questions about encoded scenes.
 
     Args:
         encoded: the scenes and questions that the answers belong to.
@@ -273,55 +262,5 @@ class Bootstrap:
     def __init__(
         self, encoded: EncodedScenes, *, resamples: int = RESAMPLES, seed: int = 0
     ) -> None:
-        self._encoded = encoded
-        self._scenes = len(encoded.questions)
-        self._asked = self._by_scene(np.ones(len(encoded.scene_of)))
-        rng = np.random.default_rng(seed)
-        even = np.full(self._scenes, 1 / self._scenes)
-        self._weights = rng.multinomial(self._scenes, even, size=resamples).astype(float)
-
-    def by_type(self, correct: Correct) -> dict[str, float]:
-        """Accuracy by question type, for the types that occur."""
-        right, asked = self._by_scene(correct).sum(0), self._asked.sum(0)
-        return {
-            name: float(right[index] / asked[index])
-            for index, name in enumerate(self._encoded.types)
-            if asked[index]
-        }
-
-    def macro(self, correct: Correct) -> Estimate:
-        """Mean over question types of the accuracy."""
-        return self._estimate(*self._macros(correct))
-
-    def difference(self, correct: Correct, other: Correct) -> Estimate:
-        """Macro accuracy of the first minus that of the second, on the same questions."""
-        (value, values), (base, bases) = self._macros(correct), self._macros(other)
-        return self._estimate(value - base, values - bases)
-
-    def share(self, correct: Correct, unreduced: Correct) -> Estimate:
-        """Macro accuracy as a share of the unreduced one."""
-        (value, values), (base, bases) = self._macros(correct), self._macros(unreduced)
-        return self._estimate(value / base, values / bases)
-
-    def _by_scene(self, values: NDArray[np.bool_] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """``(S, types)`` sums over the questions of each scene and type."""
-        sums = np.zeros((self._scenes, len(self._encoded.types)))
-        np.add.at(sums, (self._encoded.scene_of, self._encoded.type_of), values)
-        return sums
-
-    def _macros(self, correct: Correct) -> tuple[float, NDArray[np.float64]]:
-        right = self._by_scene(correct)
-        whole = _macro(right.sum(0)[None], self._asked.sum(0)[None])
-        return float(whole[0]), _macro(self._weights @ right, self._weights @ self._asked)
-
-    def _estimate(self, value: float, values: NDArray[np.float64]) -> Estimate:
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(values, [tail, 1 - tail])
-        return Estimate(value=value, low=float(low), high=float(high))
-
-
-def _macro(right: NDArray[np.float64], asked: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the types that occur; a small resample can miss a rare one."""
-    occurs = asked > 0
-    accuracy = np.divide(right, asked, out=np.zeros_like(right), where=occurs)
-    return np.asarray(accuracy.sum(1) / occurs.sum(1))
+        types = [question.type for row in encoded.questions for question in row]
+        super().__init__(encoded.scene_of.tolist(), types, resamples=resamples, seed=seed)

@@ -1,0 +1,1 @@
+"""What a pipeline costs in accuracy: evaluating, comparing, and choosing."""
