@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +64,24 @@ def time_answer(
         new_tokens: at least 2.
         run: what is attached to the model, whose selection is told apart.
     """
-    clock = _Clock(next(model.parameters()).device)
+    generate: Any = model.generate
+    with clocked(model) as clock:
+        generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )
+        clock.stop()
+    whole = clock.answer(0.0 if run is None else run.receipt.selection_ms)
+    return replace(whole, decode=whole.decode / (new_tokens - 1))
+
+
+@contextmanager
+def clocked(model: nn.Module) -> Iterator[Clock]:
+    """Time the parts of one call of ``generate`` in the context; ``stop`` the clock after it."""
+    clock = Clock(next(model.parameters()).device)
     decoder = find_decoder(model)
     towers = [m for m, (part, _) in modules_by_part(model).items() if part in (ENCODER, PROJECTOR)]
     handles = [
@@ -73,38 +91,41 @@ def time_answer(
     for module in towers:
         handles.append(module.register_forward_pre_hook(clock.tower_begins, prepend=True))
         handles.append(module.register_forward_hook(clock.tower_ends))
-    generate: Any = model.generate
     try:
-        generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-        )
-        ended = clock.now()
+        yield clock
     finally:
         for handle in handles:
             handle.remove()
-    selection = 0.0 if run is None else run.receipt.selection_ms
-    begins, ends = clock.calls[0]
-    return Times(
-        encoder=clock.towers * 1000,
-        selection=selection,
-        prefill=max(0.0, (ends - begins) * 1000 - selection),
-        decode=(ended - ends) * 1000 / (new_tokens - 1),
-    )
 
 
-class _Clock:
+class Clock:
     """When the parts began and ended, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._depth = 0
         self._began = 0.0
+        self._stopped = 0.0
         self.towers = 0.0
         self.calls: list[tuple[float, float]] = []
+
+    def stop(self) -> None:
+        """The answer is complete."""
+        self._stopped = self.now()
+
+    def answer(self, selection: float) -> Times:
+        """Milliseconds of the parts; ``decode`` of all tokens after the first.
+
+        Args:
+            selection: milliseconds of the first call of the LLM that chose and merged tokens.
+        """
+        begins, ends = self.calls[0]
+        return Times(
+            encoder=self.towers * 1000,
+            selection=selection,
+            prefill=max(0.0, (ends - begins) * 1000 - selection),
+            decode=(self._stopped - ends) * 1000,
+        )
 
     def now(self) -> float:
         if self._device.type == "cuda":

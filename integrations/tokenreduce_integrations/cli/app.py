@@ -12,8 +12,11 @@ from tokenreduce.errors import TokenReduceError
 from tokenreduce_integrations.cli import (
     bench,
     check,
+    choose,
     cite,
+    compare,
     demo,
+    evaluate,
     info,
     listing,
     new,
@@ -65,6 +68,9 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("show")(show.show)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("choose")(choose.choose)
 app.command("list")(listing.list_)
 app.command("info")(info.info)
 app.command("check")(check.check)
