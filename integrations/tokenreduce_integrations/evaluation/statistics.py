@@ -70,9 +70,9 @@ class Bootstrap:
         accuracy = self._sums(correct).sum(0) / self._asked.sum(0)
         return dict(zip(self.kinds, accuracy.tolist(), strict=True))
 
-    def macro(self, correct: Correct, types: Sequence[str] | None = None) -> Estimate:
-        """Mean over question types (all that occur, if None) of the accuracy."""
-        return _estimate(*self._macros(correct, types))
+    def macro(self, correct: Correct) -> Estimate:
+        """Mean over question types of the accuracy."""
+        return _estimate(*self._macros(correct))
 
     def micro(self, correct: Correct) -> Estimate:
         """Accuracy over all questions."""
@@ -80,19 +80,14 @@ class Bootstrap:
         values = (self._weights @ right) / (self._weights @ asked)
         return _estimate(float(np.mean(correct)), values)
 
-    def difference(
-        self, correct: Correct, other: Correct, types: Sequence[str] | None = None
-    ) -> Estimate:
+    def difference(self, correct: Correct, other: Correct) -> Estimate:
         """Macro accuracy of the first minus that of the second, on the same questions."""
-        (value, values), (base, bases) = self._macros(correct, types), self._macros(other, types)
+        (value, values), (base, bases) = self._macros(correct), self._macros(other)
         return _estimate(value - base, values - bases)
 
-    def share(
-        self, correct: Correct, unreduced: Correct, types: Sequence[str] | None = None
-    ) -> Estimate:
+    def share(self, correct: Correct, unreduced: Correct) -> Estimate:
         """Macro accuracy as a share of the unreduced one; 0 where that is 0."""
-        value, values = self._macros(correct, types)
-        base, bases = self._macros(unreduced, types)
+        (value, values), (base, bases) = self._macros(correct), self._macros(unreduced)
         if base == 0:
             return Estimate(value=0.0, low=0.0, high=0.0)
         return _estimate(value / base, values / bases)
@@ -108,13 +103,10 @@ class Bootstrap:
         np.add.at(sums, self._cells, values)
         return sums
 
-    def _macros(
-        self, correct: Correct, types: Sequence[str] | None = None
-    ) -> tuple[float, NDArray[np.float64]]:
-        columns = [self.kinds.index(name) for name in (self.kinds if types is None else types)]
-        right, asked = self._sums(correct)[:, columns], self._asked[:, columns]
-        whole = _macro(right.sum(0)[None], asked.sum(0)[None])
-        return float(whole[0]), _macro(self._weights @ right, self._weights @ asked)
+    def _macros(self, correct: Correct) -> tuple[float, NDArray[np.float64]]:
+        right = self._sums(correct)
+        whole = _macro(right.sum(0)[None], self._asked.sum(0)[None])
+        return float(whole[0]), _macro(self._weights @ right, self._weights @ self._asked)
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -45,7 +45,6 @@ def test_macro_weighs_question_types_alike() -> None:
     value = bootstrap.macro(CORRECT).value
     assert value == pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
     assert value == pytest.approx(slow_macro(ROWS, CORRECT, range(5)))
-    assert bootstrap.macro(CORRECT, ["shape", "count"]).value == pytest.approx(5 / 12)
 
 
 def test_intervals_equal_those_of_a_slow_bootstrap() -> None:
