@@ -275,7 +275,8 @@ class Scorer(Reducer):
     def reduce(self, tokens: VisualTokens) -> Reduction:
         scores = self.score(tokens)
         _check_shape(self, "scores", scores, (tokens.batch, tokens.count))
-        return Reduction.from_kept(tokens, top_k_indices(scores, self.count(tokens.count)))
+        kept = Reduction.from_kept(tokens, top_k_indices(scores, self.count(tokens.count)))
+        return replace(kept, scores=scores)
 
 
 class Selector(Reducer):
@@ -363,6 +364,10 @@ def _reinstate_protected(tokens: VisualTokens, inner: Reduction) -> Reduction:
     if inner.synthetic is not None:
         flags = torch.cat([inner.synthetic, torch.zeros_like(guarded, dtype=torch.bool)], dim=1)
         synthetic = flags.gather(1, order)
+    scores = None
+    if inner.scores is not None:
+        scores = inner.scores.new_full((tokens.batch, tokens.count), torch.nan)
+        scores[:, free] = inner.scores
     batch = torch.arange(tokens.batch, device=device)[:, None]
     features = torch.cat([inner.features, tokens.values[batch, guarded]], dim=1)
     return Reduction(
@@ -372,4 +377,5 @@ def _reinstate_protected(tokens: VisualTokens, inner: Reduction) -> Reduction:
         weights=weights,
         synthetic=synthetic,
         reason=inner.reason,
+        scores=scores,
     )

@@ -29,6 +29,8 @@ class Reduction:
             its position (pruning).
         synthetic: ``(B, M)`` outputs that stand for no single token; None if there are none.
         reason: why nothing was reduced, or an empty string.
+        scores: ``(B, N)`` how much each source token deserved to stay, in the strategy's own terms,
+            NaN for those that it was not asked about; None where it ranks no tokens.
         verified: the positions that :meth:`from_kept` found to be in order, so that :meth:`check`
             does not wait for the device a second time.
     """
@@ -39,6 +41,7 @@ class Reduction:
     weights: MergeWeights | None = None
     synthetic: Tensor | None = None
     reason: str = ""
+    scores: Tensor | None = None
     verified: Tensor | None = field(default=None, compare=False)
 
     @classmethod
@@ -236,6 +239,10 @@ class Reduction:
         if self.synthetic is not None:
             carried = self.synthetic.gather(1, other.positions)
             synthetic = carried if synthetic is None else carried | synthetic
+        scores = self.scores
+        if other.scores is not None:
+            asked = torch.full_like(self.assignment, torch.nan, dtype=other.scores.dtype)
+            scores = asked.scatter(1, self.positions, other.scores)
         return Reduction(
             features=other.features,
             positions=self.positions.gather(1, other.positions),
@@ -243,6 +250,7 @@ class Reduction:
             weights=weights,
             synthetic=synthetic,
             reason=self.reason and other.reason,
+            scores=scores,
         )
 
     def _selection(self) -> MergeWeights:
@@ -266,6 +274,7 @@ class Reduction:
             assignment=self.assignment[one],
             weights=None if self.weights is None else MergeWeights(*(w[one] for w in self.weights)),
             synthetic=None if self.synthetic is None else self.synthetic[one],
+            scores=None if self.scores is None else self.scores[one],
         )
 
     def check(self, tokens: VisualTokens, *, strategy: str) -> None:

@@ -5,16 +5,23 @@ import pytest
 import torch
 from PIL import Image
 
+import tokenreduce as tr
 from tokenreduce.attachment import ItemReduction
 from tokenreduce.errors import TokensError
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout, VisualTokens
 from tokenreduce_integrations.overlay import (
     blocks_and_frames,
+    contact_sheet,
     draw_overlay,
+    draw_panel,
+    heat_color,
+    heat_of_budgets,
+    heat_of_scores,
     output_color,
     side_by_side,
 )
+from tokenreduce_integrations.seen import Panel
 
 GRAY = (120, 120, 120)
 
@@ -138,3 +145,72 @@ def test_pictures_stand_side_by_side_below_their_labels() -> None:
     labels = np.asarray(sheet)[:30]
     assert (labels[:, 10:110] < 100).any()
     assert (labels[:, 120:180] < 100).any()
+
+
+def test_regions_that_were_protected_are_a_part_of_the_picture() -> None:
+    layout = Layout.from_grid((1, 2)).protect(torch.tensor([True, False]))
+    drawn = draw_overlay(Image.new("RGB", (60, 60), GRAY), item(layout, [0, -1]), side=60)
+    assert (cell(drawn, 0, 0, 1, 2) == 120).all()
+    assert (cell(drawn, 0, 1, 1, 2) < 40).all()
+
+
+def test_links_cross_the_tiles_of_one_panel() -> None:
+    layout = Layout(torch.cat([Layout.from_grid((1, 1), block=block).coords for block in range(2)]))
+    boxes = {0: (0, 0, 40, 40), 1: (40, 0, 80, 40)}
+    panel = Panel("", (Image.new("RGB", (80, 40), GRAY),), boxes)
+    drawn = draw_panel(panel, item(layout, [0, 0], merge=True), side=40)
+    assert drawn.getpixel((38, 20)) == output_color(0)
+
+
+def test_heat_is_the_rank_by_score_with_what_is_kept_framed() -> None:
+    tokens = VisualTokens.from_grid(torch.tensor([[[3.0], [9.0], [1.0], [9.0]]]), (1, 4))
+    reduction = tr.create_strategy("norm-topk", keep=2)(tokens)
+    scored = ItemReduction(
+        prompt=0,
+        modality="image",
+        columns=torch.arange(4),
+        layout=tokens.layout,
+        reduction=reduction,
+    )
+    heat = heat_of_scores(scored)
+    assert heat == [0.5, 1.0, 0.0, 1.0]
+    panel = Panel(
+        "", (Image.new("RGB", (80, 20), GRAY),), {i: (20 * i, 0, 20 * i + 20, 20) for i in range(4)}
+    )
+    drawn = np.asarray(draw_panel(panel, scored, side=20, heat=heat), int)
+    for i, value in enumerate(heat):
+        expected = 0.35 * 120 + 0.65 * np.array(heat_color(value))
+        assert np.abs(drawn[10, 20 * i + 10] - expected).max() <= 1
+        assert (drawn[0, 20 * i + 10] == 255).all() == (i in (1, 3))
+
+
+def test_heat_without_scores_is_how_long_a_token_lasts() -> None:
+    layout = Layout.from_grid((1, 3))
+    assert heat_of_scores(item(layout, [0, -1, -1])) is None
+    assert heat_of_scores(item(layout, None)) is None
+    runs = [item(layout, groups) for groups in ([0, 1, -1], [0, -1, -1])]
+    assert heat_of_budgets(runs) == [1.0, 0.5, 0.0]
+
+
+def test_tokens_that_were_not_scored_have_no_heat() -> None:
+    tokens = VisualTokens(
+        torch.arange(4.0)[None, :, None],
+        Layout.from_grid((1, 4)).protect(torch.tensor([True, False, False, False])),
+    )
+    first = tr.create_strategy("norm-topk", keep=2)(tokens)
+    assert first.scores is not None
+    assert first.scores.isnan().tolist() == [[True, False, False, False]]
+    [left] = first.tokens(tokens)
+    both = first.then(tr.create_strategy("norm-topk", keep=1)(left))
+    assert both.scores is not None
+    # Token 1 was dropped by the first; the second, which saw 2 and 3, has the last word.
+    assert both.scores.isnan().tolist() == [[True, True, False, False]]
+    assert both.item(0).scores.shape == (1, 4)
+
+
+def test_contact_sheets_wrap() -> None:
+    pictures = [Image.new("RGB", (50, 40), (shade, 0, 0)) for shade in (50, 100, 150)]
+    sheet = contact_sheet(pictures, ["", "", ""], columns=2, gap=10)
+    assert sheet.size == (50 * 2 + 30, (40 + 30) * 2 + 10)
+    assert [sheet.getpixel(at)[0] for at in ((10, 30), (70, 30), (10, 100))] == [50, 100, 150]
+    assert sheet.getpixel((70, 100)) == (255, 255, 255)

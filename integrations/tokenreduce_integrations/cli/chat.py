@@ -60,18 +60,6 @@ def open_video_file(path: Path) -> VideoFile | None:
     return VideoFile(path)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open a picture.
-
-    Raises:
-        MediaError: if it is not a picture, or a moving one.
-    """
-    media = open_media(path)
-    if media.modality != "image":
-        raise MediaError(f"{path}: is a clip, but a picture is needed.")
-    return media.frames[0]
-
-
 def require_question(question: str) -> str:
     """The question without surrounding spaces.
 
@@ -135,24 +123,6 @@ def answer(model: nn.Module, processor: Any, inputs: dict[str, Any], *, max_new_
     new = output[:, inputs["input_ids"].shape[1] :]
     text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
     return text.strip()
-
-
-def picture_seen(image: Image.Image, inputs: dict[str, Any], processor: Any) -> Image.Image:
-    """The picture as the model saw it: resized and cropped pixels where those are at hand.
-
-    Processors that crop give whole pictures, ``(1, 3, height, width)``; those that cut a picture
-    into patches or tiles do not crop, so that the picture itself is what the model saw.
-    """
-    pixels = inputs.get("pixel_values")
-    prepare = getattr(processor, "image_processor", None)
-    mean, deviation = getattr(prepare, "image_mean", None), getattr(prepare, "image_std", None)
-    whole = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3)
-    if not whole or mean is None or deviation is None or not isinstance(pixels, Tensor):
-        return image
-    values = pixels[0].float().cpu()
-    restored = values * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
-    array = (restored * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(array.contiguous().numpy())
 
 
 def _is_dir(path: Path) -> bool:

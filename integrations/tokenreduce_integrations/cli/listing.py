@@ -9,6 +9,7 @@ import typer
 
 from tokenreduce.api import list_strategies
 from tokenreduce.capabilities import SITES, Site
+from tokenreduce.errors import did_you_mean
 from tokenreduce.plugins import installed
 from tokenreduce_integrations.cli.output import Json, console, print_json, table
 
@@ -41,6 +42,9 @@ def list_(
     if as_json:
         print_json([asdict(record) for record in records])
         return
+    if not records:
+        typer.echo(_nothing(pattern, site), err=True)
+        raise typer.Exit(1)
     out = console()
     rows: list[tuple[str, ...]] = [
         (
@@ -73,3 +77,10 @@ def list_(
     if failed:
         names = ", ".join(failed)
         typer.echo(f"Plugins that failed to load: {names}. See 'tokenreduce plugins'.", err=True)
+
+
+def _nothing(pattern: str, site: str | None) -> str:
+    """That no strategy was found, and what to do."""
+    where = "" if site is None else f" that runs at the site {site!r}"
+    near = did_you_mean(pattern.replace("*", ""), list_strategies(site=cast("Site", site)))
+    return f"No installed strategy{where} has a name like {pattern!r}. {near}"

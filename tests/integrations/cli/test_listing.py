@@ -212,3 +212,23 @@ class Whimsical(Scorer):
 
     def score(self, tokens: VisualTokens) -> torch.Tensor:
         return torch.rand(tokens.features.shape[:2])
+
+
+def test_a_pattern_that_fits_nothing_says_so(tokenreduce) -> None:
+    result = tokenreduce("list", "nomatch*")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "No installed strategy has a name like 'nomatch*'." in result.stderr
+    result = tokenreduce("list", "fastvi*", "--site", "decoder")
+    assert "at the site 'decoder'" in result.stderr
+    assert "Did you mean 'fastv'?" in result.stderr
+    assert json.loads(tokenreduce("list", "nomatch*", "--json").stdout) == []
+
+
+def test_a_strategy_with_weights_is_checked_with_a_file(tokenreduce) -> None:
+    result = tokenreduce("check", "dyvte")
+    assert result.exit_code == 1
+    assert "tokenreduce check dyvte weights=FILE.safetensors" in result.stderr
+    assert "function" not in result.stderr
+    result = tokenreduce("check", "norm-topk", "keep")
+    assert "is not 'key=value'" in result.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tokenreduce.errors import MediaError
 from tokenreduce_integrations.cli import chat
 
 QUESTION = "what is the background ?"
@@ -138,7 +137,7 @@ def test_pictures_are_opened_upright_and_in_colour(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
     Image.new("L", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-    opened = chat.open_image(tmp_path / "x.jpg")
+    [opened] = chat.open_media(tmp_path / "x.jpg").frames
     assert opened.size == (20, 30)
     assert opened.mode == "RGB"
 
@@ -157,23 +156,6 @@ def test_an_animation_is_a_clip(tmp_path: Path) -> None:
     path = tmp_path / "x.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     assert len(chat.open_media(path).frames) == 3
-    with pytest.raises(MediaError, match="is a clip, but a picture is needed"):
-        chat.open_image(path)
-
-
-def test_the_picture_seen_is_the_picture_that_the_processor_made(scene) -> None:
-    import numpy as np
-    import torch
-
-    from tokenreduce_integrations.testbed.models import load
-
-    _, processor = load("b")
-    image = Image.fromarray(scene.image)
-    inputs = chat.encode(processor, chat.Media("image", (image,)), QUESTION, torch.device("cpu"))
-    seen = chat.picture_seen(image.resize((200, 100)), inputs, processor)
-    difference = np.asarray(seen, dtype=int) - np.asarray(image, dtype=int)
-    assert abs(difference).max() <= 1
-    assert chat.picture_seen(image, {}, processor) is image
 
 
 def test_a_clip_for_a_model_of_clips(tmp_path: Path) -> None:
