@@ -18,3 +18,12 @@ def transformers(session: nox.Session, release: str) -> None:
     # Nothing here may ask the model hub.
     offline = {"HF_HUB_OFFLINE": "1"}
     session.run("python", "-m", "pytest", "-q", tests, *session.posargs, env=offline)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Open a report in headless Chromium, which must be installed (CHROMIUM names it)."""
+    session.install("-e", ".[test]", "playwright")
+    test = "tests/integrations/evaluation/test_report_in_browser.py"
+    offline = {"HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", "-q", "-m", "slow", test, *session.posargs, env=offline)

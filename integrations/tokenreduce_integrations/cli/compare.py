@@ -45,6 +45,10 @@ def compare(
     cost_rounds: Annotated[
         int, typer.Option(min=0, help="Interleaved measurements of cost; 0 for none.")
     ] = 5,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a report with right and wrong answers: one page, no requests."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold pipelines against each other, the unreduced model and the controls, on equal questions.
@@ -80,10 +84,23 @@ def compare(
         plotting.draw_pareto(found, out / plotting.PARETO_FILE)
     except MissingExtra as error:
         typer.echo(f"no plot: {error}", err=True)
+    if html is not None:
+        _report(out, html)
     if as_json:
         print_json(found.as_dict())
         return
     _print(found, out)
+
+
+def _report(folder: Path, path: Path) -> None:
+    from tokenreduce_integrations.evaluation.examples import find_examples
+    from tokenreduce_integrations.evaluation.report import write_report
+    from tokenreduce_integrations.evaluation.schema import read_comparison
+
+    comparison = read_comparison(folder)
+    with progress_bar("drawing answers", total=1.0) as progress:
+        examples = find_examples(comparison, progress=progress)
+    write_report(comparison, path, examples)
 
 
 def _print(found: Comparison, out: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Final
 
+from tokenreduce_integrations.evaluation.comparing import COSTS
 from tokenreduce_integrations.evaluation.schema import Comparison, Run
 
 WIDTH, HEIGHT = 460, 320
@@ -14,17 +15,11 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 48, 12, 14, 44
 #: With more runs than these, only those of the front are named.
 _NAMED = 8
 
-#: What is drawn: the name of the front, the label of its axis, and what a run costs there.
-AXES: Final[Mapping[str, tuple[str, Callable[[Run], float | None]]]] = {
-    "tokens": ("visual tokens, mean over LLM layers", lambda run: run.tokens.layer_average),
-    "flops": (
-        "GFLOPs to the first token",
-        lambda run: run.cost.flops["total"] / 1e9 if run.cost and run.cost.flops else None,
-    ),
-    "time": (
-        "ms to the first token",
-        lambda run: run.cost.times_ms.get("first_token") if run.cost else None,
-    ),
+#: The label of each axis, and what one unit of it is.
+AXES: Final[Mapping[str, tuple[str, float]]] = {
+    "tokens": ("visual tokens, mean over LLM layers", 1),
+    "flops": ("GFLOPs to the first token", 1e9),
+    "time": ("ms to the first token", 1),
 }
 
 
@@ -35,10 +30,10 @@ def pareto_svg(comparison: Comparison, name: str) -> str:
         comparison: what was measured.
         name: one of :data:`AXES`.
     """
-    label, cost_of = AXES[name]
-    costs = {run.name: cost_of(run) for run in comparison.runs}
+    label, unit = AXES[name]
+    costs = {run.name: COSTS[name](run) for run in comparison.runs}
     # On a logarithmic axis, nothing stands at zero.
-    points = {key: max(cost, 1e-3) for key, cost in costs.items() if cost is not None}
+    points = {key: max(cost / unit, 1e-3) for key, cost in costs.items() if cost is not None}
     runs = [run for run in comparison.runs if run.name in points]
     if not runs:
         return ""
@@ -132,15 +127,18 @@ def _names(
     """Names beside their marks, where they cover no other name."""
     named = front if len(runs) > _NAMED else [run.name for run in runs]
     parts: list[str] = []
-    boxes: list[tuple[float, float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     for name in sorted(named, key=lambda key: places[key][0]):
         at, height = places[name]
         width = 6.4 * len(name)
         left = at + 8 if at + 8 + width < WIDTH else at - 8 - width
         for top in (height + 14, height - 8, height + 28, height - 22):
-            clash = any(abs(top - t) < 13 and left < r and l < left + width for l, r, t in boxes)
+            clash = any(
+                abs(top - other) < 13 and left < end and start < left + width
+                for start, end, other in taken
+            )
             if not clash and _TOP < top < HEIGHT - _BOTTOM:
-                boxes.append((left, left + width, top))
+                taken.append((left, left + width, top))
                 parts.append(f'<text x="{left:.1f}" y="{top:.1f}">{escape(name)}</text>')
                 break
     return parts
