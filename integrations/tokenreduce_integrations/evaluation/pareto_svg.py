@@ -124,10 +124,10 @@ def _x_axis(values: Iterable[float], x: Callable[[float], float], label: str) ->
 def _names(
     runs: Sequence[Run], front: Sequence[str], places: Mapping[str, tuple[float, float]]
 ) -> list[str]:
-    """Names beside their marks, where they cover no other name."""
+    """Names beside their marks, where they cover neither a mark nor another name."""
     named = front if len(runs) > _NAMED else [run.name for run in runs]
     parts: list[str] = []
-    taken: list[tuple[float, float, float]] = []
+    taken = [(at - 5, at + 5, height + 4) for at, height in places.values()]
     for name in sorted(named, key=lambda key: places[key][0]):
         at, height = places[name]
         width = 6.4 * len(name)

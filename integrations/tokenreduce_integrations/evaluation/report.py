@@ -48,10 +48,6 @@ class Column:
 def columns(comparison: Comparison) -> list[Column]:
     """The columns of the table of runs: those that some run has something in."""
     found = [
-        Column("role", "role", lambda run: _ROLES.get(run.role, run.role), lambda run: run.role),
-        Column("strategy", "strategy", lambda run: run.strategy, lambda run: run.strategy),
-        Column("sites", "site", lambda run: ", ".join(run.sites), lambda run: ", ".join(run.sites)),
-        Column("budget", "budget", lambda run: run.budget, lambda run: run.budget),
         Column(
             "accuracy",
             "accuracy, %",
@@ -90,6 +86,10 @@ def columns(comparison: Comparison) -> list[Column]:
             lambda run: None if run.cost is None else run.cost.kv_bytes,
         ),
         *(_versus(label, comparison) for label in _others(comparison)),
+        Column("role", "role", lambda run: _ROLES.get(run.role, run.role), lambda run: run.role),
+        Column("strategy", "strategy", lambda run: run.strategy, lambda run: run.strategy),
+        Column("sites", "site", lambda run: ", ".join(run.sites), lambda run: ", ".join(run.sites)),
+        Column("budget", "budget", lambda run: run.budget, lambda run: run.budget),
     ]
     return [
         column
@@ -153,7 +153,7 @@ def write_report(comparison: Comparison, path: Path, examples: Sequence[Example]
 
 def _runs_section(comparison: Comparison) -> str:
     shown = columns(comparison)
-    head = "".join(_heading(column.heading, column.field) for column in shown)
+    head = "".join(_heading(column.heading, column.field, words=column.is_text) for column in shown)
     rows = []
     for run in comparison.runs:
         cells = "".join(
@@ -166,15 +166,15 @@ def _runs_section(comparison: Comparison) -> str:
             f'<th scope="row">{escape(run.name)}</th>{cells}</tr>'
         )
     confidence = f"{100 * comparison.method.confidence:.0f} %"
-    caption = (
+    legend = (
         f"Accuracy is the mean over question types, with {confidence} intervals. Times are of one "
         "prompt, in ms. Differences are in points, with paired intervals; * marks p &lt; "
         f"{_SIGNIFICANT}, corrected for all comparisons."
     )
     return (
-        "<h2>Pipelines</h2>"
+        f'<h2>Pipelines</h2><p id="legend">{legend}</p>'
         '<div class="scroll" role="region" aria-label="Table of pipelines" tabindex="0">'
-        f'<table id="runs"><caption>{caption}</caption><thead><tr>{_heading("pipeline", "name")}'
+        f'<table id="runs" aria-describedby="legend"><thead><tr>{_heading("pipeline", "name")}'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -305,9 +305,10 @@ def _method_section(comparison: Comparison) -> str:
 # -- cells -------------------------------------------------------------------------------------
 
 
-def _heading(text: str, field: str) -> str:
+def _heading(text: str, field: str, *, words: bool = False) -> str:
+    look = ' class="text"' if words else ""
     return (
-        f'<th scope="col" data-field="{escape(field)}"><button type="button">{escape(text)}'
+        f'<th scope="col" data-field="{escape(field)}"{look}><button type="button">{escape(text)}'
         "</button></th>"
     )
 
