@@ -27,3 +27,15 @@ def browser(session: nox.Session) -> None:
     test = "tests/integrations/evaluation/test_report_in_browser.py"
     offline = {"HF_HUB_OFFLINE": "1"}
     session.run("python", "-m", "pytest", "-q", "-m", "slow", test, *session.posargs, env=offline)
+
+
+@nox.session
+def lmms_eval(session: nox.Session) -> None:
+    """Run local tasks through lmms-eval, whose hundred packages no other session needs."""
+    session.install("-e", ".[test,lmms-eval]")
+    tests = "tests/integrations/lmms_eval"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    session.run(
+        "python", "-m", "pytest", "-q", "-m", "slow or not slow", tests, *session.posargs,
+        env=offline,
+    )  # fmt: skip

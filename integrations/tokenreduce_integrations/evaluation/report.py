@@ -82,8 +82,8 @@ def columns(comparison: Comparison) -> list[Column]:
         Column(
             "kv_bytes",
             "KV cache, KiB",
-            lambda run: "" if run.cost is None else f"{run.cost.kv_bytes / 1024:.1f}",
-            lambda run: None if run.cost is None else run.cost.kv_bytes,
+            lambda run: "" if _kv_bytes(run) is None else f"{(_kv_bytes(run) or 0) / 1024:.1f}",
+            _kv_bytes,
         ),
         *(_versus(label, comparison) for label in _others(comparison)),
         Column("role", "role", lambda run: _ROLES.get(run.role, run.role), lambda run: run.role),
@@ -326,6 +326,10 @@ def _time(part: str) -> Column:
 
 def _flops(run: Run) -> int | None:
     return run.cost.flops.get("total") if run.cost else None
+
+
+def _kv_bytes(run: Run) -> int | None:
+    return run.cost.kv_bytes if run.cost else None
 
 
 def _others(comparison: Comparison) -> Iterable[str]:
