@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tokenreduce.errors import EvaluationError
+from tokenreduce_integrations.evaluation.comparing import COSTS
 from tokenreduce_integrations.evaluation.examples import Example
 from tokenreduce_integrations.evaluation.pareto_svg import AXES, marker, pareto_svg
 from tokenreduce_integrations.evaluation.schema import PARTS, Comparison, Estimate, Run
@@ -66,24 +67,15 @@ def columns(comparison: Comparison) -> list[Column]:
             lambda run: f"{run.tokens.tokens_out:.1f} of {run.tokens.tokens_in:.1f}",
             lambda run: run.tokens.tokens_out,
         ),
-        Column(
-            "layer_average",
-            "tokens a layer",
-            lambda run: f"{run.tokens.layer_average:.1f}",
-            lambda run: run.tokens.layer_average,
-        ),
+        _number("layer_average", "tokens a layer", lambda run: run.tokens.layer_average, digits=1),
         *(_time(part) for part in (*PARTS, "first_token")),
-        Column(
-            "flops",
-            "GFLOPs, first token",
-            lambda run: "" if _flops(run) is None else f"{(_flops(run) or 0) / 1e9:.3f}",
-            _flops,
-        ),
-        Column(
+        _number("flops", "GFLOPs, first token", COSTS["flops"], digits=3, unit=1e9),
+        _number(
             "kv_bytes",
             "KV cache, KiB",
-            lambda run: "" if _kv_bytes(run) is None else f"{(_kv_bytes(run) or 0) / 1024:.1f}",
-            _kv_bytes,
+            lambda run: run.cost.kv_bytes if run.cost else None,
+            digits=1,
+            unit=1024,
         ),
         *(_versus(label, comparison) for label in _others(comparison)),
         Column("role", "role", lambda run: _ROLES.get(run.role, run.role), lambda run: run.role),
@@ -313,23 +305,28 @@ def _heading(text: str, field: str, *, words: bool = False) -> str:
     )
 
 
-def _time(part: str) -> Column:
-    def value(run: Run) -> float | None:
-        return None if run.cost is None else run.cost.times_ms.get(part)
+def _number(
+    field: str,
+    heading: str,
+    value: Callable[[Run], float | None],
+    *,
+    digits: int,
+    unit: float = 1.0,
+) -> Column:
+    """A column of figures, some of which may not have been measured."""
 
     def text(run: Run) -> str:
         found = value(run)
-        return "" if found is None else f"{found:.2f}"
+        return "" if found is None else f"{found / unit:.{digits}f}"
 
-    return Column(part, f"{part.replace('_', ' ')}, ms", text, value)
-
-
-def _flops(run: Run) -> int | None:
-    return run.cost.flops.get("total") if run.cost else None
+    return Column(field, heading, text, value)
 
 
-def _kv_bytes(run: Run) -> int | None:
-    return run.cost.kv_bytes if run.cost else None
+def _time(part: str) -> Column:
+    def value(run: Run) -> float | None:
+        return run.cost.times_ms.get(part) if run.cost else None
+
+    return _number(part, f"{part.replace('_', ' ')}, ms", value, digits=2)
 
 
 def _others(comparison: Comparison) -> Iterable[str]:

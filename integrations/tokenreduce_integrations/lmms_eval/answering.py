@@ -104,8 +104,7 @@ class PipelineModel:
         """
         chosen, until = generation_options(options)
         inputs = self._encode(conversations)
-        output, new = self._run(inputs, **chosen)
-        del output
+        _, new = self._run(inputs, **chosen)
         pad = self.tokenizer.pad_token_id
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         receipts = self._receipts(inputs)
