@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from support import comparisons
 from tokenreduce.errors import EvaluationError
+from tokenreduce_integrations.cli.app import app
 from tokenreduce_integrations.evaluation.examples import Example, choose_rows, find_examples
 from tokenreduce_integrations.evaluation.report import render_report, write_report
 from tokenreduce_integrations.evaluation.schema import COMPARISON_FILE, Comparison
@@ -225,3 +228,20 @@ def test_an_overlay_of_something_else_is_refused(comparison: Comparison, tmp_pat
         find_examples(replace(comparison, runs=(comparison.runs[0], other)), each=1)
     with pytest.raises(EvaluationError, match="cannot be written"):
         write_report(comparison, tmp_path / "no" / "report.html")
+
+
+def test_the_command_writes_the_page(comparison: Comparison, tmp_path: Path) -> None:
+    """Of what was evaluated before: no question is asked twice."""
+    shutil.copytree(comparison.folder.parent, tmp_path / "x")
+    arguments = [
+        "compare", str(tmp_path / "x/sweep.yaml"), str(tmp_path / "x/fastv.yaml"), "--data",
+        "testbed,scenes=12", "--batch-size", "16", "--cost-rounds", "0",
+        "--out", str(tmp_path / "x/out"), "--html", str(tmp_path / "report.html"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    page = Page((tmp_path / "report.html").read_text())
+    shown = {figure["data-run"] for figure in page.find(tag="figure") if "data-run" in figure}
+    assert {"lftr reduction=4", "fastv"} <= shown
+    for run in comparison.runs:
+        assert f"{100 * run.accuracy.value:.1f} [" in cells(page, "runs", run.name)["accuracy"]
