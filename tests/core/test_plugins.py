@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tokenreduce.errors import PluginError
 from tokenreduce.hookspecs import PLUGIN_API_VERSION, hookimpl
@@ -382,3 +383,28 @@ def test_an_observer_that_fails_is_warned_of(monkeypatch: pytest.MonkeyPatch) ->
 
 def raise_something(receipt: Receipt) -> None:
     raise ValueError("no")
+
+
+def test_a_model_adapter_may_claim_modules_by_pattern() -> None:
+    from tokenreduce.attachment import find_adapter
+    from tokenreduce.errors import UnsupportedModel
+
+    plugin = registering(
+        "register_model_adapters",
+        "patterned",
+        f"{__name__}:SimpleNamespace",
+        models=("shipped_modules.*.modeling_x.Model",),
+    )
+    parent = type("Model", (torch.nn.Module,), {"__module__": "shipped_modules.f.0a1b.modeling_x"})
+    child = type("Child", (parent,), {"__module__": "elsewhere"})
+    other = type("Model", (torch.nn.Module,), {"__module__": "shipped_modules.modeling_x"})
+    status = installed().load("acme", plugin)
+    try:
+        assert status.state == "loaded", status.error
+        assert isinstance(find_adapter(parent()), SimpleNamespace)
+        assert isinstance(find_adapter(child()), SimpleNamespace)
+        with pytest.raises(UnsupportedModel):
+            find_adapter(other())
+    finally:
+        installed().model_adapters.remove("patterned")
+        installed().statuses.remove(status)
