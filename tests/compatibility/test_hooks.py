@@ -44,6 +44,8 @@ def described(specs: Any, records: Any = RECORDS) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
     return "required" if field.default is dataclasses.MISSING else repr(field.default)
 
 
