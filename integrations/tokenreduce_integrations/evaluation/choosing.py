@@ -19,7 +19,7 @@ from torch import nn
 from tokenreduce.api import create_strategy
 from tokenreduce.attachment import ModelAdapter, find_adapter
 from tokenreduce.capabilities import SITES, Site, StrategyRecord
-from tokenreduce.errors import EvaluationError, TokenReduceError, did_you_mean
+from tokenreduce.errors import BudgetError, EvaluationError, TokenReduceError, did_you_mean
 from tokenreduce.pipeline import ModelSettings
 from tokenreduce.plugins import installed
 from tokenreduce.stage import Stage
@@ -113,6 +113,8 @@ def choose(
     adapter = find_adapter(skeleton)
     # A budget that no strategy could take is an error of the caller.
     create_strategy("uniform", **budget)
+    if budget.get("keep") == 0:
+        raise BudgetError("keep=0 leaves nothing to see: give the number of tokens to keep.")
     reduction = _reduction(budget, tokens or getattr(skeleton.config, "image_seq_length", None))
     documents = [document for document in evidence() if document.data.modality == modality]
     _require_task(task, documents)

@@ -39,7 +39,7 @@ def draw_pareto(comparison: Comparison, path: Path) -> None:
         raise MissingExtra(
             "plots need the package 'matplotlib'. Run: pip install 'tokenreduce[plot]'"
         ) from error
-    known = [name for name in COSTS if any(_cost(run, name) for run in comparison.runs)]
+    known = [name for name in COSTS if any(COSTS[name](run) for run in comparison.runs)]
     figure = Figure(figsize=(6 * len(known), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     for column, name in enumerate(known):
