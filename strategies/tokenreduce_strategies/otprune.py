@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops.determinant import greedy_determinant
-from tokenreduce.ops.similarity import SMALLEST_NORM
+from tokenreduce.ops.similarity import SMALLEST_NORM, gram_matrix
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
 
@@ -65,8 +65,8 @@ class OTPrune(Selector):
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         scaled = features / norm.clamp(min=SMALLEST_NORM)
         if tokens.count <= tokens.features.shape[2]:
-            gram = scaled @ scaled.mT
+            gram = gram_matrix(scaled)
             return greedy_determinant(self.gamma * gram, gram, k, ridge=1.0)
         # X X^T X X^T, by way of the smaller of its factors.
-        mixed = self.gamma * (scaled @ (scaled.mT @ scaled))
+        mixed = self.gamma * (scaled @ gram_matrix(scaled.mT))
         return greedy_determinant(mixed, scaled, k, ridge=1.0)
