@@ -19,7 +19,7 @@ TIMM = {"img_size": 96, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads
 def timm_config(**changes: Any) -> transformers.LlavaConfig:
     vision = transformers.TimmWrapperConfig(
         architecture="vit_tiny_patch16_224",
-        model_args=TIMM,
+        model_args=dict(TIMM),
         num_labels=0,
         hidden_size=TIMM["embed_dim"],
         do_pooling=False,

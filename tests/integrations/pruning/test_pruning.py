@@ -320,7 +320,7 @@ def test_signals_of_pruned_timm_towers(layer: int) -> None:
 
 def test_timm_towers_without_a_class_token_give_no_class_attention() -> None:
     bare = timm_config()
-    bare.vision_config.model_args |= {"class_token": False, "global_pool": "avg"}
+    bare.vision_config.model_args.update(class_token=False, global_pool="avg")
     model = lively(transformers.LlavaForConditionalGeneration(bare))
     adapt_timm_tower(model)
     with pytest.raises(MissingSignal, match="class_attention"):
