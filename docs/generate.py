@@ -11,6 +11,7 @@ import ast
 import base64
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,30 @@ def card(record: StrategyRecord) -> str:
         f"Sites: {', '.join(record.sites)}. Kind: {record.kind}. Kept count: {record.count}. "
         f"Needs: {needs}. Cost class: {record.cost}. Parity: {MARKS[record.parity]}. "
         f"Paper: {paper_link(record)}.\n\n"
-        f"{docstring.rstrip()}\n{presets(record)}"
+        f"{in_markdown(docstring)}\n{presets(record)}"
     )
+
+
+def in_markdown(docstring: str) -> str:
+    """A docstring with its indented lists as Markdown has them, and its roles as code."""
+    lines: list[str] = []
+    fenced = False
+    depth = 0
+    for line in docstring.splitlines():
+        fenced ^= line.startswith("```")
+        text = line.strip()
+        indent = 0 if fenced else len(line) - len(line.lstrip())
+        step = re.match(r"(\d+'?\.|-) +", text) if indent else None
+        if text and (step or indent < depth):
+            lines.append("")
+        if step and "'" not in step[1]:
+            lines.append(f"{step[1]:<4}{text[step.end() :]}")
+        elif indent > 4 and depth:
+            lines.append(f"    {text}")
+        else:
+            lines.append(text if indent else line)
+        depth = indent
+    return ROLE.sub(r"\1", "\n".join(lines).strip())
 
 
 def presets(record: StrategyRecord) -> str:
@@ -86,6 +109,7 @@ PROVED = (
     "decoder site",
 )  # fmt: skip
 SITES = ("vision", "frames")
+ROLE = re.compile(r":\w+:(`[^`]+`)")
 
 
 def support_page(matrix: dict[str, Any]) -> str:
