@@ -283,7 +283,7 @@ def main() -> None:
         "",
         "## Run it",
         "",
-        "```",
+        "```text",
         *(
             f"python benchmarks/testbed/compare.py --model {name} --scenes {result['scenes']} "
             f"--seed {result['scene_seed']} --reductions "

@@ -313,7 +313,7 @@ def main() -> None:
         "",
         "## Run it",
         "",
-        "```",
+        "```text",
         f"python benchmarks/testbed/compare.py --model video --scenes {result['scenes']} "
         f"--seed {result['scene_seed']} --out benchmarks/results/testbed_video.json",
         "python benchmarks/testbed/tune_clips.py --json > "
