@@ -39,16 +39,26 @@ def paper_link(record: StrategyRecord) -> str:
     return f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "-"
 
 
-def table() -> str:
-    """The strategy table in Markdown."""
+def has_card(record: StrategyRecord) -> bool:
+    """Whether a strategy has a page: wrappers of the core are told of together."""
+    return not record.target.startswith("tokenreduce.wrappers:")
+
+
+def table(cards: str = "") -> str:
+    """The strategy table in Markdown; names lead to their cards, which lie in a folder."""
     lines = [
         "| strategy | what it does | kind | sites | kept count | parity | paper |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in builtin_records():
         kind = "wrapper" if record.wraps else record.kind
+        name = (
+            f"[`{record.name}`]({cards}{record.name}.md)"
+            if has_card(record)
+            else f"`{record.name}`"
+        )
         lines.append(
-            f"| `{record.name}` | {record.summary} | {kind} | {', '.join(record.sites)} | "
+            f"| {name} | {record.summary} | {kind} | {', '.join(record.sites)} | "
             f"{record.count} | {MARKS[record.parity]} | {paper_link(record)} |"
         )
     return "\n".join(lines)
@@ -132,6 +142,8 @@ PROVED = (
     "decoder site",
 )  # fmt: skip
 SITES = ("vision", "frames")
+#: Pages of one wide table have no headings to list beside it.
+WIDE = "---\nhide: [toc]\n---\n\n"
 ROLE = re.compile(r":\w+:(`[^`]+`)")
 
 
@@ -139,7 +151,7 @@ def support_page(matrix: dict[str, Any]) -> str:
     """What the family tests proved, from the record that they keep."""
     columns = [*PROVED, "signals", *(f"{site} site" for site in SITES)]
     lines = [
-        "# Supported models",
+        f"{WIDE}# Supported models",
         "",
         "Each row is a class of transformers 5.23, proved by `tests/integrations/transformers/"
         "test_families.py` (models that answer by denoising: `test_diffusion.py`) on a tiny model "
@@ -235,17 +247,18 @@ def generated() -> dict[Path, bytes]:
     """Every generated file with its content."""
     readme, signals = ROOT / "README.md", ROOT / "docs/signals.md"
     texts = {
-        readme: filled(readme, BEGIN, END, table()),
+        readme: filled(readme, BEGIN, END, table("docs/strategies/")),
         signals: filled(signals, LLM_BEGIN, LLM_END, llm_signals()),
         ROOT / "docs/strategies/index.md": (
-            f"# Strategies\n\nGenerated from the registry by `docs/generate.py`.\n\n{table()}\n"
+            f"{WIDE}# Strategies\n\nGenerated from the registry by `docs/generate.py`.\n"
+            f"Each name leads to its card; the [API](../api.md) has the wrappers.\n\n{table()}\n"
         ),
     }
     texts[ROOT / "docs/cli.md"] = command_page()
     matrix = ROOT / "docs/support_matrix.json"
     texts[ROOT / "docs/support.md"] = support_page(json.loads(matrix.read_text(encoding="utf-8")))
     for record in builtin_records():
-        if not record.target.startswith("tokenreduce.wrappers:"):
+        if has_card(record):
             texts[ROOT / f"docs/strategies/{record.name}.md"] = card(record)
     files = {path: text.encode() for path, text in texts.items()}
     for notebook in sorted((ROOT / "examples/notebooks").glob("*.ipynb")):
