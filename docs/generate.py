@@ -134,7 +134,7 @@ def presets(record: StrategyRecord) -> str:
     if not record.presets:
         return ""
     rows = [f"| `{name}` | `{written(own)}` |" for name, own in record.presets.items()]
-    return "\n".join(["", "| preset | options |", "|---|---|", *rows, ""])
+    return "\n".join(["", "Presets:", "", "| preset | options |", "|---|---|", *rows, ""])
 
 
 PROVED = (
