@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 matplotlib.use("Agg")
+from cells import difference, interval, percent
 from matplotlib import pyplot as plt
 
 from tokenreduce_integrations.testbed.clips import MOTION_TYPES, ClipGenerator
@@ -39,24 +40,6 @@ DRAWN = {
     "uniform per frame": ("#8c564b", "+", "--"),
     "avg-pool": ("#ff7f0e", "d", "--"),
 }
-
-
-def percent(value: float) -> str:
-    """A share in percent, one decimal."""
-    return f"{100 * value:.1f}"
-
-
-def interval(estimate: dict[str, float]) -> str:
-    """A value with its interval, in percent."""
-    return f"{percent(estimate['value'])} [{percent(estimate['low'])}, {percent(estimate['high'])}]"
-
-
-def difference(estimate: dict[str, float] | None) -> str:
-    """A difference in points with its interval."""
-    if estimate is None:
-        return "-"
-    value, low, high = (100 * estimate[end] for end in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def model_table(about: dict[str, Any]) -> list[str]:

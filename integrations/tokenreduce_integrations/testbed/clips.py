@@ -23,6 +23,7 @@ from .scenes import (
     Split,
     draw_background,
     draw_clutter,
+    draw_questions,
     pick,
     shape_coverage,
 )
@@ -178,21 +179,7 @@ def ask(
     rng: np.random.Generator, clip: Clip, count: int, types: Sequence[str] | Mapping[str, float]
 ) -> list[Question]:
     """Ask distinct questions about a clip, drawn with `rng`; see `ClipGenerator.questions`."""
-    names, attempts = list(types), 8 * count
-    if isinstance(types, Mapping):
-        weights = np.array([types[name] for name in names], float)
-        drawn = rng.choice(len(names), attempts, p=weights / weights.sum())
-    else:
-        drawn = np.resize(rng.permutation(len(names)), attempts)
-    asked: dict[str, Question] = {}
-    for choice in drawn:
-        draft = _ASK[names[choice]](clip, rng)
-        if draft is not None:
-            question = Question(names[choice], *draft)
-            asked.setdefault(question.text, question)
-        if len(asked) == count:
-            break
-    return list(asked.values())
+    return draw_questions(rng, count, types, lambda name: _ASK[name](clip, rng))
 
 
 def _draw_objects(rng: np.random.Generator) -> tuple[ClipObject, ...]:

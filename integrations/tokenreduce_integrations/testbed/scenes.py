@@ -112,6 +112,38 @@ class Question:
     answer: str
 
 
+def draw_questions(
+    rng: np.random.Generator,
+    count: int,
+    types: Sequence[str] | Mapping[str, float],
+    draft: Callable[[str], tuple[str, str] | None],
+) -> list[Question]:
+    """Ask distinct questions, in the order in which their types are drawn.
+
+    Args:
+        rng: Draws the types.
+        count: Number of questions wanted; there may be fewer.
+        types: The types to take in turn, in a random order; or a mapping from type to the relative
+            frequency with which it is drawn.
+        draft: Makes text and answer of a question of a type, or None if there is nothing to ask.
+    """
+    names, attempts = list(types), 8 * count
+    if isinstance(types, Mapping):
+        weights = np.array([types[name] for name in names], float)
+        drawn = rng.choice(len(names), attempts, p=weights / weights.sum())
+    else:
+        drawn = np.resize(rng.permutation(len(names)), attempts)
+    asked: dict[str, Question] = {}
+    for choice in drawn:
+        made = draft(names[choice])
+        if made is not None:
+            question = Question(names[choice], *made)
+            asked.setdefault(question.text, question)
+        if len(asked) == count:
+            break
+    return list(asked.values())
+
+
 class SceneGenerator:
     """Deterministic source of scenes and questions.
 
@@ -182,23 +214,8 @@ class SceneGenerator:
         if unknown:
             raise ValueError(f"unknown question types {sorted(unknown)}, known: {TRAINING_TYPES}")
         rng = np.random.default_rng((*scene.key, 1))
-        attempts = 8 * count
-        names = list(types)
-        if isinstance(types, Mapping):
-            weights = np.array([types[name] for name in names], float)
-            drawn = rng.choice(len(names), attempts, p=weights / weights.sum())
-        else:
-            drawn = np.resize(rng.permutation(len(names)), attempts)
         context = _Context.of(scene)
-        asked: dict[str, Question] = {}
-        for choice in drawn:
-            draft = _ASK[names[choice]](context, rng)
-            if draft is not None:
-                question = Question(names[choice], *draft)
-                asked.setdefault(question.text, question)
-            if len(asked) == count:
-                break
-        return list(asked.values())
+        return draw_questions(rng, count, types, lambda name: _ASK[name](context, rng))
 
     def _draw_objects(
         self, rng: np.random.Generator, image: NDArray[np.float32], owner: NDArray[np.int64]
