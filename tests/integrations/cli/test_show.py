@@ -91,6 +91,7 @@ def test_a_strategy_without_a_model_says_what_to_do(tokenreduce, picture) -> Non
 
 def test_clips_become_a_sheet_or_move(tokenreduce, tmp_path) -> None:
     """A token of the tiny Qwen2.5-VL stands for two frames of 28 x 28 pixels."""
+    av = pytest.importorskip("av", reason="the extra 'video' is missing")
     model = qwen_files.save_model(tmp_path / "model")
     clip = qwen_files.write_clip(tmp_path / "clip.mp4", qwen_files.shapes(20, 112, 168), rate=10)
     outputs = {name: tmp_path / f"out.{name}" for name in ("png", "gif", "mp4")}
@@ -107,8 +108,6 @@ def test_clips_become_a_sheet_or_move(tokenreduce, tmp_path) -> None:
     with Image.open(outputs["gif"]) as moving:
         assert moving.n_frames == 8
         assert moving.info["duration"] == 250
-    import av
-
     with av.open(str(outputs["mp4"])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == 8
@@ -120,6 +119,7 @@ def test_clips_become_a_sheet_or_move(tokenreduce, tmp_path) -> None:
 
 
 def test_show_says_what_is_wrong_with_clips(tokenreduce, picture, tmp_path) -> None:
+    pytest.importorskip("av", reason="the extra 'video' is missing")
     clip = qwen_files.write_clip(tmp_path / "clip.mp4", qwen_files.shapes(40, 28, 28), rate=10)
     for arguments, message in (
         ((picture, "--output", "x.gif"), "a picture does not move"),
