@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from support.defects import Defects
 from support.tiny_models import BOS, IMAGE, llava, noise, words
 from tokenreduce.attachment import Attachment
 from tokenreduce.errors import AttachmentError, RegistrationError, UnknownName
@@ -18,7 +19,8 @@ from tokenreduce_integrations.transformers.adapters import LlavaAdapter
 from tokenreduce_integrations.transformers.families import LLAVA
 from tokenreduce_strategies.norm_topk import NormTopK
 
-BROKEN = {}
+BROKEN = Defects()
+caught_by = BROKEN.caught_by
 MODEL = llava().model
 BARE = NormTopK()
 
@@ -30,14 +32,6 @@ def model():
 def inputs():
     ids = [BOS, *words(3, 1), *[IMAGE] * 16, *words(6, 2)]
     return {"input_ids": torch.tensor([ids]), "pixel_values": noise(1, 3, 56, 56)}
-
-
-def caught_by(*checks):
-    def add(cls):
-        BROKEN[cls.__name__] = (cls, set(checks))
-        return cls
-
-    return add
 
 
 @caught_by("interface")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from support.defects import Defects
 from tokenreduce import Reduction, VisualTokens
 from tokenreduce.capabilities import StrategyRecord
 from tokenreduce.errors import BudgetError, RegistrationError, UnknownName
@@ -14,16 +15,8 @@ from tokenreduce.reducer import Grouping, Merger, Reducer, Scorer, Selector
 from tokenreduce.testing import CHECKS, CheckFailed, parametrize_checks, run_checks
 from tokenreduce.wrappers import PerFrame
 
-BROKEN = {}
-
-
-def caught_by(*checks):
-    def add(cls):
-        cls = dataclass(frozen=True, kw_only=True)(cls)
-        BROKEN[cls.__name__] = (cls, set(checks))
-        return cls
-
-    return add
+BROKEN = Defects(dataclass(frozen=True, kw_only=True))
+caught_by = BROKEN.caught_by
 
 
 def norms(tokens):

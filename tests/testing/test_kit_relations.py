@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.defects import Defects
 from tokenreduce import Reduction, VisualTokens
 from tokenreduce.capabilities import StrategyRecord
 from tokenreduce.ops import MergeWeights
@@ -18,16 +19,8 @@ from tokenreduce.testing import CHECKS, run_checks
 from tokenreduce.testing.elsewhere import Mixed, moved, pretending
 from tokenreduce_strategies.norm_topk import NormTopK
 
-BROKEN = {}
-
-
-def caught_by(*checks):
-    def add(cls):
-        cls = dataclass(frozen=True, kw_only=True)(cls)
-        BROKEN[cls.__name__] = (cls, set(checks))
-        return cls
-
-    return add
+BROKEN = Defects(dataclass(frozen=True, kw_only=True))
+caught_by = BROKEN.caught_by
 
 
 def norms(tokens):

@@ -3,20 +3,14 @@
 import pytest
 import torch
 
+from support.defects import Defects
 from tokenreduce.errors import RegistrationError, UnknownName
 from tokenreduce.neighbors.exact import ExactSearch
 from tokenreduce.testing import CheckFailed, parametrize_neighbor_checks, run_neighbor_checks
 from tokenreduce.testing.neighbors import NEIGHBOR_CHECKS
 
-BROKEN = {}
-
-
-def caught_by(*checks):
-    def add(cls):
-        BROKEN[cls.__name__] = (cls, set(checks))
-        return cls
-
-    return add
+BROKEN = Defects()
+caught_by = BROKEN.caught_by
 
 
 @caught_by("interface")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.defects import Defects
 from tokenreduce.errors import PipelineError, RegistrationError, UnknownName
 from tokenreduce.plugins import installed
 from tokenreduce.testing import CheckFailed, parametrize_quantizer_checks, run_quantizer_checks
@@ -15,15 +16,8 @@ pytest.importorskip("bitsandbytes", reason="needs the extra quant")
 from tokenreduce_integrations.quantization.ao import TorchAO
 
 OPTIONS = {"scheme": "int8_weight_only"}
-BROKEN = {}
-
-
-def caught_by(*checks):
-    def add(cls):
-        BROKEN[cls.__name__] = (cls, set(checks))
-        return cls
-
-    return add
+BROKEN = Defects()
+caught_by = BROKEN.caught_by
 
 
 @caught_by("interface")
