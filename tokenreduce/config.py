@@ -116,20 +116,36 @@ def dump_pipeline(pipeline: Pipeline) -> str:
         data["vars"] = _plain(pipeline.variables, root / "vars")
     if pipeline.model is not None:
         data["model"] = _changed(pipeline.model, root / "model")
-    stages = []
-    for i, stage in enumerate(pipeline.stages):
-        place = root / "reduce" / i
-        entry = _dump_reducer(stage.reducer, place)
-        keys = ("site", "total", "layer", *COSTS)
-        own: dict[str, Any] = {key: _written(getattr(stage, key)) for key in keys}
-        if stage.schedule is not None:
-            own["schedule"] = {
-                _written(n): _written(share) for n, share in dict(stage.schedule).items()
-            }
-        own = {key: value for key, value in own.items() if value is not None}
-        stages.append({"strategy": entry.pop("strategy"), **own, **entry})
+    stages = [_dump_stage(stage, root / "reduce" / i) for i, stage in enumerate(pipeline.stages)]
     data["reduce"] = stages
     return OmegaConf.to_yaml(OmegaConf.create(data))
+
+
+def load_stage(data: Mapping[str, Any], label: str = "stage") -> Stage:
+    """Read and check one stage, given as an entry of a pipeline's ``reduce``.
+
+    Args:
+        data: the strategy, its options, and the keys of its stage.
+        label: what errors call it.
+
+    Raises:
+        TokenReduceError: as :func:`load_pipeline` does.
+    """
+    root = _Place(label)
+    config = _create(label, data)
+    _refuse_resolvers(root, OmegaConf.to_container(config, resolve=False))
+    with _located(root):
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return _stage(plain, root)
+
+
+def dump_stage(stage: Stage, label: str = "stage") -> dict[str, Any]:
+    """Write one stage as :func:`load_stage` reads it, without what equals its default.
+
+    Raises:
+        PipelineError: if a strategy is not registered, or a value cannot be written as YAML.
+    """
+    return _dump_stage(stage, _Place(label))
 
 
 @dataclass(frozen=True)
@@ -427,6 +443,18 @@ def _reason(error: BaseException) -> str:
     """The message in one line, without what OmegaConf appends about its own objects."""
     text = " ".join(line.strip() for line in str(error).splitlines())
     return text.partition(" full_key:")[0].rstrip(". ") or type(error).__name__
+
+
+def _dump_stage(stage: Stage, place: _Place) -> dict[str, Any]:
+    entry = _dump_reducer(stage.reducer, place)
+    keys = ("site", "total", "layer", *COSTS)
+    own: dict[str, Any] = {key: _written(getattr(stage, key)) for key in keys}
+    if stage.schedule is not None:
+        own["schedule"] = {
+            _written(n): _written(share) for n, share in dict(stage.schedule).items()
+        }
+    own = {key: value for key, value in own.items() if value is not None}
+    return {"strategy": entry.pop("strategy"), **own, **entry}
 
 
 def _dump_reducer(reducer: Reducer, place: _Place) -> dict[str, Any]:

@@ -89,6 +89,10 @@ class MediaError(TokenReduceError, ValueError):
     """An image, clip or prompt given by the user cannot be used."""
 
 
+class ServingError(TokenReduceError, ValueError):
+    """A stage, a pipeline or a request that an inference engine cannot serve, with the reason."""
+
+
 class EvaluationError(TokenReduceError, ValueError):
     """Data, results or settings of an evaluation that cannot be used, or do not belong together."""
 

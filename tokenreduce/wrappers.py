@@ -66,12 +66,25 @@ class GroupWise(Wrapper):
         """``(N,)`` group of each token, from its ``(N, 4)`` coordinates (block, t, y, x)."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        labels = self.group_of(tokens.layout.coords)
+        members = self.groups(tokens.layout)
+        return _reduce_groups(tokens, members, self.reducers_of([len(part) for part in members]))
+
+    def groups(self, layout: Layout) -> list[Tensor]:
+        """Indices of the tokens of each group, ascending."""
+        labels = self.group_of(layout.coords)
         order = labels.argsort(stable=True)
         counts = labels[order].unique_consecutive(return_counts=True)[1].tolist()
-        return _reduce_groups(tokens, list(order.split(counts)), self._reducers(counts))
+        return list(order.split(counts))
 
-    def _reducers(self, counts: list[int]) -> list[Reducer]:
+    def reducers_of(self, counts: list[int]) -> list[Reducer]:
+        """The reducer of each group, with its share of the budget.
+
+        Args:
+            counts: tokens of each group.
+
+        Raises:
+            BudgetError: if the budget holds less than one token for each.
+        """
         if self.budget is None:
             return [self.inner] * len(counts)
         keep = self.count(sum(counts))

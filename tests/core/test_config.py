@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from tokenreduce.api import create_strategy
-from tokenreduce.config import dump_pipeline, load_pipeline
+from tokenreduce.config import dump_pipeline, dump_stage, load_pipeline, load_stage
 from tokenreduce.errors import (
     BudgetError,
     MissingExtra,
@@ -777,6 +777,20 @@ def test_a_pipeline_is_made_of_stages(stages: Any) -> None:
 def test_build_without_a_model() -> None:
     with pytest.raises(PipelineError, match="names no model"):
         load_pipeline(one(keep=1)).build()
+
+
+def test_one_stage_reads_as_an_entry_of_a_pipeline() -> None:
+    given = {"strategy": "random", "reduction": "7/3", "seed": 4, "total": 9}
+    stage = load_stage(given)
+    assert (stage,) == load_pipeline({"reduce": [given]}).stages
+    assert dump_stage(stage) == {"site": "projector", **given}
+    assert load_stage(dump_stage(stage)) == stage
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${nothing}"])
+def test_one_stage_has_nothing_to_refer_to(value: str) -> None:
+    with pytest.raises(PipelineError, match=r"^here: "):
+        load_stage({"strategy": "random", "keep": 4, "seed": value}, "here")
 
 
 def test_build_of_a_path_that_is_not_there() -> None:
