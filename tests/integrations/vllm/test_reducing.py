@@ -1,0 +1,106 @@
+"""Encoded items are reduced as the processor promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenreduce as tr
+from tokenreduce.errors import ReductionError, ServingError
+from tokenreduce.plugins import installed
+from tokenreduce.tokens import VisualTokens
+from tokenreduce_integrations.vllm.items import ServedItem
+from tokenreduce_integrations.vllm.reducing import reduce_items
+from tokenreduce_integrations.vllm.settings import ServedStage
+from tokenreduce_integrations.vllm.shapes import Block, Shape
+
+STAGE = ServedStage.from_config({"strategy": "divprune", "reduction": 4})
+
+
+def features(seed: int, tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_items_travel_as_bytes_of_any_length() -> None:
+    item = ServedItem(shape=Shape.grid(1, 4, 4), stage=STAGE)
+    whole = ServedItem(shape=Shape.grid(2, 4, 4), stage=None)
+    assert ServedItem.from_tensor(item.to_tensor()) == item
+    assert ServedItem.from_batch([item.to_tensor(), whole.to_tensor()]) == [item, whole]
+    assert ServedItem.from_batch(torch.stack([item.to_tensor()] * 2)) == [item, item]
+
+
+def test_items_without_settings_are_refused() -> None:
+    with pytest.raises(ServingError, match="without settings"):
+        ServedItem.from_batch(None)
+
+
+def test_each_item_is_reduced_by_its_own_settings() -> None:
+    other = STAGE.for_request({"strategy": "random", "keep": 3})
+    square, wide = Shape.grid(1, 4, 4), Shape.grid(1, 2, 8)
+    items = [
+        ServedItem(shape=square, stage=STAGE),
+        ServedItem(shape=square, stage=None),
+        ServedItem(shape=wide, stage=other),
+        ServedItem(shape=square, stage=STAGE),
+    ]
+    given = [features(i, 16) for i in range(4)]
+    outcomes = reduce_items(given, items, {})
+    assert outcomes[1] is None
+    assert [item.kept for item in items] == [4, 16, 3, 4]
+    for index, shape in ((0, square), (2, wide), (3, square)):
+        outcome, stage = outcomes[index], items[index].stage
+        assert outcome is not None
+        assert stage is not None
+        alone = stage.reducer()(VisualTokens(given[index][None], shape.layout))
+        assert torch.equal(outcome.positions, alone.positions)
+        assert torch.equal(outcome.features, alone.features)
+
+
+def test_merged_tokens_are_new_and_stand_at_their_anchors() -> None:
+    stage = ServedStage.from_config({"strategy": "tome", "reduction": 2})
+    item = ServedItem(shape=Shape.grid(1, 4, 4), stage=stage)
+    given = features(0, 16)
+    (outcome,) = reduce_items([given], [item], {})
+    assert outcome is not None
+    assert outcome.kept == item.kept == 8
+    assert not torch.equal(outcome.features[0], given[outcome.positions[0]])
+
+
+def test_newlines_stay_outside_the_budget() -> None:
+    shape = Shape(blocks=(Block(rows=4, columns=4), Block(rows=4, columns=4, newlines="rows")))
+    item = ServedItem(shape=shape, stage=STAGE)
+    (outcome,) = reduce_items([features(0, 36)], [item], {})
+    assert outcome is not None
+    assert outcome.kept == item.kept == 8 + 4
+    newlines = shape.layout.protected.nonzero().squeeze(1)
+    assert torch.isin(newlines, outcome.positions[0]).all()
+
+
+def test_signals_go_to_the_items_they_are_of() -> None:
+    stage = ServedStage.from_config({"strategy": "fastervlm", "keep": 2})
+    items = [ServedItem(shape=Shape.grid(1, 2, 4), stage=stage)] * 2
+    attention = [torch.arange(8.0), torch.arange(8.0).flip(0)]
+    outcomes = reduce_items([features(0, 8), features(1, 8)], items, {"class_attention": attention})
+    assert [o.positions[0].tolist() for o in outcomes if o is not None] == [[6, 7], [0, 1]]
+
+
+def test_an_encoder_that_gives_other_tokens_is_an_error() -> None:
+    item = ServedItem(shape=Shape.grid(1, 4, 4), stage=STAGE)
+    with pytest.raises(ReductionError, match="gave 15 tokens"):
+        reduce_items([features(0, 15)], [item], {})
+
+
+def test_registered_strategies_keep_what_the_prompt_has_places_for() -> None:
+    shape = Shape.grid(2, 4, 6)
+    tried = 0
+    for name in tr.list_strategies(site="projector"):
+        record = installed().strategies[name]
+        if record.needs or record.needs_weights or record.wraps or record.count != "exact":
+            continue
+        stage = ServedStage.from_config({"strategy": name, "reduction": 4})
+        item = ServedItem(shape=shape, stage=stage)
+        (outcome,) = reduce_items([features(0, 48)], [item], {})
+        assert outcome is not None
+        assert outcome.kept == item.kept == 12, name
+        tried += 1
+    assert tried > 10
