@@ -32,7 +32,6 @@ needed; ties go to the lowest index. Tokens equal those of the official code on 
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
@@ -62,11 +61,12 @@ class OTPrune(Selector):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         features = tokens.features.detach().float()
-        norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        scaled = features / norm.clamp(min=SMALLEST_NORM)
         if tokens.count <= tokens.features.shape[2]:
-            gram = gram_matrix(scaled)
+            norm = features.square().sum(1, keepdim=True).sqrt_()
+            gram = gram_matrix(features / norm.clamp_(min=SMALLEST_NORM))
             return greedy_determinant(self.gamma * gram, gram, k, ridge=1.0)
-        # X X^T X X^T, by way of the smaller of its factors.
-        mixed = self.gamma * (scaled @ gram_matrix(scaled.mT))
-        return greedy_determinant(mixed, scaled, k, ridge=1.0)
+        # X X^T X X^T as X (X^T X) X^T, whose middle is smaller; the norms go there as well.
+        middle = gram_matrix(features.mT)
+        square = middle.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST_NORM**2)
+        middle.div_(square[:, None]).div_(square[:, :, None]).mul_(self.gamma)
+        return greedy_determinant(features @ middle, features, k, ridge=1.0)

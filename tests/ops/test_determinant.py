@@ -1,5 +1,6 @@
 """Greedy determinants: the definition, by determinants of all candidates."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,18 +59,35 @@ def test_rank_deficient(cloud, data):
         assert int(torch.linalg.matrix_rank(chosen)) == rank or rank == 0
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_together_as_one_by_one(ridge):
+    # What other devices than the CPU do.
+    vectors = torch.randn(3, 40, 20, generator=torch.Generator().manual_seed(1))
+    gain = vectors.square().sum(2)
+    together = determinant._pick_together(vectors, vectors, gain, 15, ridge)
+    assert together.tolist() == run(vectors, 15, ridge)
+
+
 def test_duplicates_come_last():
     vectors = torch.eye(4).repeat(3, 1)[None]
     assert run(vectors, 6) == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_rounds_change_nothing(monkeypatch):
+def test_rows_ahead_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 150, 60, generator=generator) * torch.rand(2, 150, 1)
     whole = run(vectors, 40)
-    for candidates, length in ((1, 1), (5, 3), (40, 64), (149, 7)):
-        monkeypatch.setattr(determinant, "CANDIDATES", candidates)
-        monkeypatch.setattr(determinant, "ROUND", length)
+    for rows in (1, 3, 40, 150):
+        monkeypatch.setattr(determinant, "ROWS", rows)
         assert run(vectors, 40) == whole
     kernel = (vectors @ vectors.mT).double()
     assert whole == [slow(one, 40) for one in kernel]
+
+
+def test_rows_that_nobody_asks_for():
+    # Near copies of a few directions: each pick takes what its copies, computed along, would add.
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(9, 30, generator=generator).repeat_interleave(20, dim=0)
+    vectors = (base + torch.randn(180, 30, generator=generator) / 50)[None]
+    kernel = (vectors @ vectors.mT).double()
+    assert run(vectors, 8) == [slow(kernel[0], 8)]
