@@ -218,17 +218,20 @@ class Reducer(ABC):
             return self._reduce_free(tokens)
         return _reinstate_protected(tokens, self._reduce_free(tokens.select(tokens.layout.free)))
 
-    def stream(self, *, budget: int, window: int | None = None) -> TokenStream:
+    def stream(
+        self, *, budget: int, window: int | None = None, channels: int | None = None
+    ) -> TokenStream:
         """Reduce a clip while its frames arrive; see :class:`tokenreduce.stream.TokenStream`.
 
         Args:
             budget: most tokens to hold; it replaces the reducer's own budget.
             window: tokens that arrive before they are reduced; 8192, or the budget if that is
                 more, if omitted.
+            channels: how many of the features' first channels the strategy sees; all if omitted.
         """
         from tokenreduce.stream import TokenStream
 
-        return TokenStream(self, budget=budget, window=window)
+        return TokenStream(self, budget=budget, window=window, channels=channels)
 
     def reason_to_keep_all(self, free: int) -> str:
         """Why an item of ``free`` unprotected tokens stays as it is; empty if it is reduced."""

@@ -42,6 +42,8 @@ class TokenStream:
         budget: most tokens to hold.
         window: tokens that arrive before they are reduced. If omitted, 8192, or the budget if that
             is more, so that time stays in proportion to the tokens.
+        channels: how many of the features' first channels the strategy sees; all if omitted. The
+            others only go along, and merge alike: what else belongs to a token.
 
     Attributes:
         seen: tokens fed so far.
@@ -53,7 +55,14 @@ class TokenStream:
         TokensError: if ``window`` is not positive, or the strategy needs a full grid.
     """
 
-    def __init__(self, reducer: Reducer, *, budget: int, window: int | None = None) -> None:
+    def __init__(
+        self,
+        reducer: Reducer,
+        *,
+        budget: int,
+        window: int | None = None,
+        channels: int | None = None,
+    ) -> None:
         if not Budget(keep=budget).keep:
             raise BudgetError(f"{reducer.name}: a stream holds at least one token.")
         window = max(WINDOW, budget) if window is None else window
@@ -71,7 +80,7 @@ class TokenStream:
                 "before no longer is. Use a strategy that does not, such as lftr."
             )
         self.reducer = reducer.with_budget(keep=budget)
-        self.budget, self.window = budget, window
+        self.budget, self.window, self._channels = budget, window, channels
         self.seen = self.frames = 0
         self._held = 0
         self._features: Tensor | None = None
@@ -194,7 +203,7 @@ class TokenStream:
         return torch.cat([self._merged[:, channels], own[len(self._merged) :]])
 
     def _gathered(self) -> VisualTokens:
-        features = self._room()[None, : self._held]
+        features = self._room()[None, : self._held, : self._channels]
         return VisualTokens(
             features,
             self._coords[: self._held],

@@ -96,6 +96,19 @@ def test_norm_topk_is_exact_at_any_length() -> None:
     assert stream.positions().equal(batch.positions[0])
 
 
+@pytest.mark.parametrize("name", ["lftr", "norm-topk", "divprune", "tome"])
+@pytest.mark.parametrize("count", [12, 90])
+def test_what_a_strategy_does_not_see_goes_along(name, count) -> None:
+    clip = frames(count)
+    reducer = tr.create_strategy(name)
+    seen = fed(reducer, clip, budget=30, window=200)
+    wide = fed(reducer, torch.cat([clip, -3 * clip], 2), budget=30, window=200, channels=16)
+    assert wide.positions().equal(seen.positions())
+    own, further = wide.tokens().features.chunk(2, dim=-1)
+    torch.testing.assert_close(own, seen.tokens().features)
+    torch.testing.assert_close(further, -3 * own)
+
+
 def test_a_frame_larger_than_the_window() -> None:
     stream = TOPK.stream(budget=5, window=10)
     stream.feed(frames(3).flatten(0, 1), (3, 4, 4))
