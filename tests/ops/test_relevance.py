@@ -1,11 +1,13 @@
 """Selection by a score that similar tokens lower: plain Python."""
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clouds import clouds, quick
-from tokenreduce.ops import TIE_TOLERANCE, unit_vectors
+from tokenreduce.ops import TIE_TOLERANCE, rounds, unit_vectors
 from tokenreduce.ops.relevance import exclusive_picks, marginal_relevance
 
 
@@ -37,8 +39,9 @@ def slow_exclusive(cosine, score, k, threshold):
 
 
 @quick
-@given(clouds(dtypes=(torch.float32,)), st.booleans(), st.data())
-def test_oracles(cloud, with_gram, data):
+@given(clouds(dtypes=(torch.float32,)), st.sampled_from([None, 2, rounds.CANDIDATES]), st.data())
+def test_oracles(cloud, candidates, data):
+    """By the Gram matrix, or in rounds of so many candidates."""
     batch, n, _ = cloud.shape
     k = data.draw(st.integers(1, n))
     balance = data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
@@ -47,9 +50,10 @@ def test_oracles(cloud, with_gram, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     score = torch.rand(batch, n, generator=generator)
     unit = unit_vectors(cloud)
-    gram = unit @ unit.mT if with_gram else None
-    marginal = marginal_relevance(unit, score, k, balance=balance, gram=gram).tolist()
-    exclusive = exclusive_picks(unit, score, k, threshold=threshold, gram=gram).tolist()
+    gram = unit @ unit.mT if candidates is None else None
+    with patch.object(rounds, "CANDIDATES", candidates or rounds.CANDIDATES):
+        marginal = marginal_relevance(unit, score, k, balance=balance, gram=gram).tolist()
+        exclusive = exclusive_picks(unit, score, k, threshold=threshold, gram=gram).tolist()
     for b in range(batch):
         cosine = (unit[b].double() @ unit[b].double().T).tolist()
         own = score[b].double().tolist()

@@ -15,7 +15,7 @@ from tokenreduce.ops import (
     farthest_first,
     first_argmax,
     gather_tokens,
-    spreading,
+    rounds,
     top_k_indices,
     unit_vectors,
 )
@@ -126,8 +126,8 @@ def test_farthest_first(cloud, data):
     expected = [slow_farthest_first(item, k, first) for item in exact]
     start = torch.full((len(unit),), first)
     gram = unit @ unit.transpose(1, 2)
-    for candidates in (2, spreading.CANDIDATES):
-        with patch.object(spreading, "CANDIDATES", candidates):
+    for candidates in (2, rounds.CANDIDATES):
+        with patch.object(rounds, "CANDIDATES", candidates):
             assert farthest_first(unit, k, first=start).tolist() == expected
     assert farthest_first(unit, k, first=start, gram=gram).tolist() == expected
 

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.rounds import pick_in_rounds
 from tokenreduce.ops.selection import first_argmax
 from tokenreduce.ops.similarity import similarity_to
+
+#: What tokens put aside lose, so that they rank behind all others: scores span 2.
+ASIDE = 4.0
 
 
 def marginal_relevance(
@@ -13,7 +17,8 @@ def marginal_relevance(
     """Maximal marginal relevance: picks by score, less similarity to the nearest pick before.
 
     Sequential over the ``k`` picks with a running largest similarity: O(k N) time given the Gram
-    matrix, O(k N D) without it, and O(N) extra memory either way.
+    matrix. Without it, O(k N D), in rounds (see :mod:`tokenreduce.ops.rounds`). The picks are the
+    same. O(N) extra memory.
 
     Args:
         unit: ``(B, N, D)`` unit vectors.
@@ -25,10 +30,16 @@ def marginal_relevance(
     Returns:
         ``(B, k)`` indices in the order they were picked; ties go to the lowest index.
     """
-    items = torch.arange(unit.shape[0], device=unit.device)
-    picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
     relevance = balance * score
     newest = first_argmax(relevance, scale=1.0)
+    if gram is None:
+
+        def worth(own: Tensor, closest: Tensor) -> Tensor:
+            return own.sub(closest, alpha=1 - balance)
+
+        return pick_in_rounds(unit, relevance, k, first=newest, worth=worth)
+    items = torch.arange(unit.shape[0], device=unit.device)
+    picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
     closest = torch.full_like(relevance, -1.0)
     for step in range(k):
         picks[:, step] = newest
@@ -59,10 +70,16 @@ def exclusive_picks(
     Returns:
         ``(B, k)`` indices in the order they were picked; ties go to the lowest index.
     """
+    if gram is None:
+
+        def worth(own: Tensor, closest: Tensor) -> Tensor:
+            return torch.where(closest > threshold, own - ASIDE, own)
+
+        first = first_argmax(score, scale=1.0)
+        return pick_in_rounds(unit, score, k, first=first, worth=worth)
     items = torch.arange(unit.shape[0], device=unit.device)
     picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
-    # Tokens put aside rank behind all others: scores span 2.
-    ranked, aside = score.clone(), score - 4
+    ranked, aside = score.clone(), score - ASIDE
     for step in range(k):
         newest = first_argmax(ranked, scale=1.0)
         picks[:, step] = newest
