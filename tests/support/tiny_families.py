@@ -266,6 +266,11 @@ def _built(tiny: Tiny) -> Any:
     return _MODELS[id(tiny)]
 
 
+def model_of(name: str) -> Any:
+    """A model of :data:`TINY` without inputs."""
+    return copy.deepcopy(_built(TINY[name]))
+
+
 # -- visual inputs --------------------------------------------------------------------------------
 
 Coords = list[tuple[int, int, int, int]]

@@ -79,32 +79,55 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def encode(processor: Any, media: Media, question: str, device: torch.device) -> dict[str, Any]:
+def write(processor: Any, modality: str, question: str) -> str:
+    """A question in the words of the processor's chat template; media are to come.
+
+    Raises:
+        PipelineError: if the processor has no chat template.
+    """
+    text: str = processor.apply_chat_template(
+        _conversation(processor, modality, "", question), add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
+def encode(
+    processor: Any, media: Media, question: str, device: torch.device, *, fps: float | None = None
+) -> dict[str, Any]:
     """The model's inputs for one question, through the processor's chat template.
+
+    Args:
+        processor: the model's.
+        media: a picture, or a clip, whose frames are all taken.
+        question: about it.
+        device: the model's.
+        fps: frames a second of the clip, for processors that write times into the prompt.
 
     Raises:
         PipelineError: if the processor has no chat template.
         MediaError: if the processor cannot take this kind of media.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise PipelineError(
-            f"{type(processor).__name__} has no chat template, so a question cannot be put to this "
-            "model. Use a model whose processor has one."
-        )
-    if media.modality == "video" and getattr(processor, "video_processor", None) is None:
-        raise MediaError(f"this model takes no clips ({type(processor).__name__}): give a picture.")
     shown = media.frames[0] if media.modality == "image" else list(media.frames)
-    content = [
-        {"type": media.modality, media.modality: shown},
-        {"type": "text", "text": question},
-    ]
+    conversation = _conversation(processor, media.modality, shown, question)
+    settings: dict[str, Any] = {}
+    if media.modality == "video":
+        if getattr(processor, "video_processor", None) is None:
+            raise MediaError(
+                f"this model takes no clips ({type(processor).__name__}): give a picture."
+            )
+        settings["do_sample_frames"] = False
+        if fps is not None:
+            count = len(media.frames)
+            times = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
+            settings["video_metadata"] = [times]
     try:
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            conversation,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs=settings,
         )
     except (ValueError, IndexError) as error:
         width, height = media.frames[0].size
@@ -113,6 +136,16 @@ def encode(processor: Any, media: Media, question: str, device: torch.device) ->
             f"pixels and {len(media.frames)} frames: {error}"
         ) from error
     return dict(inputs.to(device))
+
+
+def _conversation(processor: Any, modality: str, shown: Any, question: str) -> list[dict[str, Any]]:
+    if getattr(processor, "chat_template", None) is None:
+        raise PipelineError(
+            f"{type(processor).__name__} has no chat template, so a question cannot be put to this "
+            "model. Use a model whose processor has one."
+        )
+    content = [{"type": modality, modality: shown}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ def run(
     fps: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Frames a second of a video file; the model's own if omitted."
+            min=0.001,
+            help="Frames a second of a clip; if omitted, of a video file the model's own.",
         ),
     ] = None,
     as_json: Json = False,
@@ -58,7 +59,7 @@ def run(
     model, processor, attachment = loaded.build()
     with attachment:
         attachment.enabled = not no_reduction
-        inputs = chat.encode(processor, opened, question, model.device)
+        inputs = chat.encode(processor, opened, question, model.device, fps=fps)
         text = chat.answer(model, processor, inputs, max_new_tokens=max_new_tokens)
         receipt = attachment.receipt
     _print(text, receipt, reduced=not no_reduction, as_json=as_json)
@@ -76,12 +77,13 @@ def _ask_file(
     """Decode, encode and reduce a clip a few frames at a time, and ask."""
     from tokenreduce_integrations.cli import chat
     from tokenreduce_integrations.video import answering
+    from tokenreduce_integrations.video.forms import form_of
 
     stage = answering.the_stage(loaded.stages)
     chat.quiet_loading()
     model, processor, attachment = loaded.build()
     attachment.detach()
-    answering.require_served(model, processor)
+    form_of(model, processor)
     with progress_bar("reading the clip", total=file.duration) as progress:
         reducer = None if no_reduction else stage.reducer
         clip = answering.encode_clip(model, processor, file, reducer, fps=fps, progress=progress)

@@ -1,39 +1,37 @@
 """A question about a video file: frames are encoded and reduced as they are decoded.
 
-Served are models that encode the frames of a clip independently of each other and place them by
-(t, y, x) rotary positions: Qwen2-VL and Qwen2.5-VL. The result is that of the whole clip through
-the attachment as long as it fits the budget and a window of the stream.
+The result is that of the whole clip through the attachment as long as it fits the budget and a
+window of the stream. Models that take frames for images (InternVL) have each reduced by itself
+there; here the clip is one item.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from tokenreduce.errors import MediaError, PipelineError, UnsupportedModel
+from tokenreduce.errors import MediaError, PipelineError
 from tokenreduce.receipt import ItemReceipt, Receipt, StageReceipt, Stopwatch
 from tokenreduce.reducer import Reducer
 from tokenreduce.stage import Stage
 from tokenreduce.tokens import VisualTokens
-from tokenreduce_integrations.cli import chat
 from tokenreduce_integrations.transformers import families
 from tokenreduce_integrations.transformers.kv_cache import kv_bytes_by_layer
 from tokenreduce_integrations.video.decoding import VideoFile
+from tokenreduce_integrations.video.forms import Chunk, ClipForm, form_of
+from tokenreduce_integrations.video.prompts import places_in, write_prompt
 
 #: Moments (pairs of frames, for Qwen) that are encoded at once.
 MOMENTS = 4
 #: Frames a second where the video processor states none.
 DEFAULT_FPS = 2.0
-SERVED = ("qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,33 @@ class Encoded:
     """A clip that was encoded and reduced.
 
     Attributes:
-        tokens: the tokens that are left, a batch of one, with coordinates (block, t, y, x).
+        tokens: the tokens that are left, a batch of one, with coordinates (block, t, y, x); beside
+            each, what DeepStack adds to it.
         grid: (T, H, W) in tokens of the whole clip.
-        first: the first moment's frames, which stand for the clip in the prompt.
-        fps: frames a second.
+        form: how the model takes clips.
+        chunk: the first frames, without their features.
+        frames: pictures that were read.
+        fps: of them a second.
         stopwatch: the time that reducing took.
     """
 
     tokens: VisualTokens
     grid: tuple[int, int, int]
-    first: tuple[Image.Image, ...]
+    form: ClipForm
+    chunk: Chunk
+    frames: int
     fps: float
     stopwatch: Stopwatch
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the whole clip."""
+        return prod(self.grid) + len(self.chunk.end)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are left of it."""
+        return self.tokens.count + len(self.chunk.end)
 
 
 def the_stage(stages: tuple[Stage, ...]) -> Stage:
@@ -67,21 +80,6 @@ def the_stage(stages: tuple[Stage, ...]) -> Stage:
             "budget of its own. Change the pipeline, or give a folder of frames."
         )
     return stages[0]
-
-
-def require_served(model: Any, processor: Any) -> None:
-    """Check that a model's clips can be encoded a few frames at a time.
-
-    Raises:
-        UnsupportedModel: if they cannot.
-    """
-    kind = getattr(model.config, "model_type", "")
-    if kind not in SERVED or getattr(processor, "video_processor", None) is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} ({kind}): video files are read by models of the types "
-            f"{', '.join(SERVED)}. Give a folder of frames: mkdir frames && ffmpeg -i clip.mp4 -vf "
-            "fps=1 frames/%04d.png"
-        )
 
 
 @torch.no_grad()
@@ -105,51 +103,56 @@ def encode_clip(
         progress: called with the seconds read so far.
 
     Raises:
+        UnsupportedModel: if the model's clips cannot be encoded a few frames at a time.
         MediaError: if the file cannot be decoded.
         BudgetError: if the reducer has no budget.
         TokensError: if the strategy cannot work on a stream.
         MissingSignal: likewise.
     """
-    video = processor.video_processor
+    form, video = form_of(model, processor), processor.video_processor
     fps = float(fps or video.fps or DEFAULT_FPS)
+    expected = file.count(fps)
+    moment = form.moment(video)
     stopwatch, stream = Stopwatch(), None
     kept: list[Tensor] = []
-    first: tuple[Image.Image, ...] = ()
-    moments, height, width = 0, 0, 0
-    frames = file.frames(fps)
-    for batch in _batches(frames, MOMENTS * video.temporal_patch_size):
-        pixels = video(videos=[np.stack(batch)], do_sample_frames=False, return_tensors="pt")
-        grid = pixels["video_grid_thw"]
-        output = model.model.get_video_features(
-            pixels["pixel_values_videos"].to(model.device), grid.to(model.device), return_dict=True
-        )
-        [features] = output.pooler_output
-        t, h, w = grid[0].tolist()
-        h, w = h // video.merge_size, w // video.merge_size
-        if not first:
-            first = tuple(Image.fromarray(f) for f in batch[: video.temporal_patch_size])
-            height, width = h, w
+    first: Chunk | None = None
+    frames = moments = 0
+    for pictures in _batches(file.frames(fps), MOMENTS * moment):
+        if first is None:
+            size = form.size(video, expected, pictures.shape[1:])
+        chunk = form.encode(model, form.process(video, pictures, size))
+        t, h, w = chunk.grid
+        if first is None:
+            first = replace(chunk, features=chunk.features[:0].clone())
             if reducer is not None:
-                estimate = max(t, round((file.duration or 0) * fps / video.temporal_patch_size))
-                stream = reducer.stream(budget=reducer.count(estimate * h * w))
-        with stopwatch.running(features.device):
+                budget = reducer.count(max(t, -(-expected // moment)) * h * w)
+                stream = reducer.stream(budget=budget, channels=chunk.channels)
+        with stopwatch.running(chunk.features.device):
             if stream is None:
-                kept.append(features)
+                kept.append(chunk.features)
             else:
-                stream.feed(features, (t, h, w))
-        moments += t
-        progress(moments * video.temporal_patch_size / fps)
-    whole = (moments, height, width)
+                stream.feed(chunk.features, chunk.grid)
+        frames, moments = frames + len(pictures), moments + t
+        progress(frames / fps)
+    grid = (moments, h, w)
+    if first is None:
+        raise MediaError(f"{file.path}: holds no picture that can be decoded.")
     if stream is None or reducer is None:
-        tokens = VisualTokens.from_grid(torch.cat(kept), whole)
+        tokens = VisualTokens.from_grid(torch.cat(kept), grid)
     else:
         with stopwatch.running(model.device):
             tokens = stream.tokens()
             if reducer.count(stream.seen) < tokens.count:
-                # The stated duration was longer than the clip.
-                reduced = reducer.with_budget(keep=reducer.count(stream.seen))(tokens)
-                [tokens] = reduced.tokens(tokens)
-    return Encoded(tokens, whole, first, fps, stopwatch)
+                # More was expected than could be decoded.
+                held = VisualTokens(
+                    tokens.features[..., : first.channels],
+                    tokens.layout,
+                    sizes=tokens.sizes,
+                    values=tokens.features,
+                )
+                exact = reducer.with_budget(keep=reducer.count(stream.seen))
+                [tokens] = exact(held).tokens(held)
+    return Encoded(tokens, grid, form, first, frames, fps, stopwatch)
 
 
 @torch.no_grad()
@@ -157,25 +160,33 @@ def answer(
     model: Any, processor: Any, clip: Encoded, question: str, *, max_new_tokens: int
 ) -> tuple[str, tuple[int, int]]:
     """The model's most likely answer, and the lengths of the whole and the shorter sequence."""
-    media = chat.Media("video", clip.first)
-    inputs = chat.encode(processor, media, question, model.device)
-    ids = inputs["input_ids"][0]
-    places = (ids == processor.video_token_id).nonzero()[:, 0]
-    before, after = ids[: places[0]], ids[places[-1] + 1 :]
-    embed = model.get_input_embeddings()
-    features = clip.tokens.features[0].to(embed.weight.dtype)
-    embeds = torch.cat([embed(before), features, embed(after)])[None]
-    positions = _positions(model, processor, clip, before, after)
+    prompt = write_prompt(
+        processor,
+        clip.form,
+        question,
+        grid=clip.grid,
+        end=len(clip.chunk.end),
+        frame=clip.chunk.frame,
+        frames=clip.frames,
+        fps=clip.fps,
+    )
+    coords = clip.tokens.layout.coords
+    ids = prompt.ids(coords)[None].to(model.device)
+    positions = prompt.positions(coords, places_in(model, processor, clip.form, prompt, clip.fps))
+    if len(positions) > 1:
+        positions = positions[:, None]
     output: Tensor = model.generate(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-        position_ids=positions,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions.to(model.device),
+        mm_encoder_outputs={
+            clip.form.modality: clip.form.restore(clip.chunk, clip.tokens.features[0])
+        },
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    text: str = processor.batch_decode(output, skip_special_tokens=True)[0]
-    text_length = len(before) + len(after)
-    return text.strip(), (text_length + prod(clip.grid), embeds.shape[1])
+    text: str = processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)[0]
+    return text.strip(), (prompt.length, ids.shape[1])
 
 
 def receipt(
@@ -196,15 +207,15 @@ def receipt(
         reduced: whether the stage was asked to act.
     """
     decoder = families.find_decoder(model)
-    whole = prod(clip.grid)
-    reason = "" if clip.tokens.count < whole else f"{whole} tokens, within the budget"
+    reason = stage.reducer.reason_to_keep_all(prod(clip.grid))
     if not reduced:
         reason = "the attachment is disabled"
     done = StageReceipt(
         strategy=stage.reducer.name,
         site=stage.site,
-        tokens_in=whole,
-        tokens_out=clip.tokens.count,
+        tokens_in=clip.whole,
+        tokens_out=clip.left,
+        protected=len(clip.chunk.end),
         reason=reason,
     )
     return Receipt(
@@ -218,53 +229,11 @@ def receipt(
     )
 
 
-def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    while batch := tuple(islice(frames, size)):
-        if len({frame.shape for frame in batch}) > 1:
+def _batches(frames: Iterator[np.ndarray], count: int) -> Iterator[Tensor]:
+    """Pictures ``(n, height, width, 3)``, so many at once."""
+    shape: tuple[int, ...] = ()
+    while batch := tuple(islice(frames, count)):
+        shape = shape or batch[0].shape
+        if any(frame.shape != shape for frame in batch):
             raise MediaError("the pictures of this clip change their size. Scale them to one size.")
-        yield batch
-
-
-def _positions(model: Any, processor: Any, clip: Encoded, before: Tensor, after: Tensor) -> Tensor:
-    """Rotary positions ``(3, 1, S)`` of the shorter sequence, as those of the whole one.
-
-    The model itself is asked for the positions of a clip of two moments: each further one moves on
-    by the same step, and the text behind the clip does not depend on their number.
-
-    Raises:
-        UnsupportedModel: if that text does depend on it.
-    """
-    _, h, w = clip.grid
-    one, two = (_model_positions(model, processor, clip, before, after, t) for t in (1, 2))
-    end = len(before) + h * w
-    if not one[:, end:].equal(two[:, end + h * w :]):
-        raise UnsupportedModel(
-            f"{type(model).__name__}: positions of the text after a clip depend on its length. "
-            "Give a folder of frames."
-        )
-    place, step = one[:, len(before) : end], two[:, end] - one[:, len(before)]
-    _, t, y, x = clip.tokens.layout.coords.to(one.device).unbind(1)
-    visual = place[:, y * w + x] + t * step[:, None]
-    return torch.cat([one[:, : len(before)], visual, one[:, end:]], dim=1)[:, None]
-
-
-def _model_positions(
-    model: Any, processor: Any, clip: Encoded, before: Tensor, after: Tensor, moments: int
-) -> Tensor:
-    video = processor.video_processor
-    _, h, w = clip.grid
-    visual = before.new_full((moments * h * w,), processor.video_token_id)
-    ids = torch.cat([before, visual, after])[None]
-    merge = video.merge_size
-    arguments = {
-        "input_ids": ids,
-        "mm_token_type_ids": 2 * (ids == processor.video_token_id).int(),
-        "video_grid_thw": torch.tensor([[moments, h * merge, w * merge]], device=ids.device),
-        "second_per_grid_ts": torch.tensor([video.temporal_patch_size / clip.fps]),
-        "attention_mask": torch.ones_like(ids),
-    }
-    known = inspect.signature(model.model.get_rope_index).parameters
-    positions: Tensor = model.model.get_rope_index(
-        **{name: value for name, value in arguments.items() if name in known}
-    )[0]
-    return positions[:, 0]
+        yield torch.from_numpy(np.stack(batch))

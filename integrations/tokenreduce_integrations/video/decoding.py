@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,27 @@ class VideoFile:
                 f"{self.path}: its pictures end at {end:.1f} s of {self.duration:.1f} s; the file "
                 "is truncated or damaged. Cut it to what is there: ffmpeg -i FILE -c copy CUT.mp4"
             )
+
+    def count(self, fps: float) -> int:
+        """How many pictures :meth:`frames` will give, without decoding them.
+
+        By the times of the pictures, else by the stated duration; 0 if the file states neither.
+
+        Raises:
+            MediaError: if the file cannot be read.
+        """
+        first, last = math.inf, -math.inf
+        with self._open() as (container, stream):
+            for packet in container.demux(stream):
+                if packet.pts is not None:
+                    time = float(packet.pts * stream.time_base)
+                    first, last = min(first, time), max(last, time)
+        if last < first:
+            return round((self.duration or 0) * fps)
+        count = int((last - first) * fps)
+        while first + count / fps <= last:
+            count += 1
+        return count
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:

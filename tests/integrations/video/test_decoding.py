@@ -34,11 +34,20 @@ def _needs_av() -> None:
 def test_frames_at_regular_times(tmp_path, fps, expected) -> None:
     path = write_clip(tmp_path / "clip.mp4", levels(20))
     assert numbers(path, fps) == expected
+    assert VideoFile(path).count(fps) == len(expected)
 
 
 def test_a_variable_rate_gives_the_latest_picture(tmp_path) -> None:
     path = write_clip(tmp_path / "clip.mkv", levels(5), times=[0, 1, 2, 12, 13])
     assert numbers(path, 5) == [0, 1, *[2] * 10, 3, 4]
+    assert VideoFile(path).count(5) == 14
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "mov"])
+def test_pictures_are_counted_without_decoding(tmp_path, kind) -> None:
+    file = VideoFile(write_clip(tmp_path / f"clip.{kind}", shapes(23, 48, 64)))
+    for fps in (0.3, 1, 2.7, 5, 30):
+        assert file.count(fps) == len(list(file.frames(fps)))
 
 
 def test_a_clip_of_one_picture(tmp_path) -> None:
