@@ -31,6 +31,7 @@ from support.tiny_models import (
     pad,
     words,
 )
+from tokenreduce_integrations.transformers.release import oldest_release
 
 START, END, AUDIO = 9, 10, 13
 TOKENS: dict[str, Any] = {
@@ -190,9 +191,10 @@ class Tiny:
 
     @property
     def in_this_release(self) -> bool:
-        """Whether the installed transformers has the model."""
+        """Whether the installed transformers has the model, in a form that is attached to."""
         installed = Version(Version(transformers.__version__).base_version)
-        return hasattr(transformers, self.model) and installed >= Version(self.since)
+        oldest = max(Version(self.since), Version(oldest_release(self.model)))
+        return hasattr(transformers, self.model) and installed >= oldest
 
     def case(self, side: str = "left") -> Case:
         """Two prompts of unequal length."""

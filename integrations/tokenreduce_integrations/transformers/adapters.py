@@ -104,7 +104,7 @@ class TransformersAdapter:
         joint_encoder: Any | None = None,
     ) -> None:
         """See :class:`tokenreduce.attachment.ModelAdapter`."""
-        require_supported_release()
+        require_supported_release(model)
         parts = self.parts(model)
         owner = parts["owner"]
         inside = tuple(stage for stage in stages if stage.site == "vision")

@@ -15,6 +15,7 @@ import tokenreduce as tr
 from support import reference, tiny_models
 from support.reducers import Chooses, EveryOther, UnevenRandom
 from support.reference import ReducedPrompt
+from support.tiny_families import TINY
 from support.tiny_models import BOS, IMAGE, VIDEO, Case, Item, grid, noise, pad, words
 from tokenreduce.errors import (
     AttachmentError,
@@ -105,7 +106,7 @@ def qwen(stock: Case, patch: int, *, timestamps: bool = False) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "onevision": onevision,
-    "llava-next-video": llava_next_video,
+    **({"llava-next-video": llava_next_video} if TINY["llava-next-video"].in_this_release else {}),
     "qwen2-vl": lambda: qwen(tiny_models.qwen2_vl(), 14),
     "qwen2.5-vl": lambda: qwen(tiny_models.qwen2_5_vl(), 14),
     "qwen3-vl": lambda: qwen(tiny_models.qwen3_vl(), 16, timestamps=True),
