@@ -160,8 +160,8 @@ def page(documents: dict[str, Comparison]) -> str:
             "that were trained on such scenes, not CLIP's.",
             "- One training run of each model: the intervals are over scenes, not over trainings.",
             "- On single pictures, what video strategies do along time is idle.",
-            "- Defaults, not settings tuned for these models; `lftr`'s were chosen on another "
-            "model of the testbed.",
+            "- Defaults, not settings tuned for these models; but `lftr`'s were chosen on another "
+            "model of pictures and on this model of clips, with other clips.",
             "",
         ]
     )

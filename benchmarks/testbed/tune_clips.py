@@ -1,10 +1,11 @@
-"""Choose LFTR's ``still`` on the model for clips, with tuning clips only.
+"""Choose LFTR's free parameters on the model for clips, with tuning clips only.
 
     python benchmarks/testbed/tune_clips.py --json > benchmarks/results/lftr_clips_tuning.json
 
 Each setting answers the questions of three sets of clips whose seeds no result is reported on. The
 table gives its share of the unreduced accuracy at 4x, 8x and 16x, over all question types and over
-those that no single frame answers, and the means. ``redundant`` is varied beside it.
+those that no single frame answers, and the means. ``redundant`` and ``spare`` are chosen on clips
+and pictures together (``tune_lftr.py``), ``still``, which is idle on pictures, on clips alone.
 """
 
 import argparse
@@ -15,16 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tune_lftr import REDUCTIONS, SEEDS
 
 from tokenreduce_integrations.testbed.clips import MOTION_TYPES
 from tokenreduce_integrations.testbed.evaluation import Bootstrap, answer_questions, encode_clips
 from tokenreduce_integrations.testbed.models import load, reported_types
 from tokenreduce_strategies.lftr import LFTR
 
-SEEDS = (111, 112, 113)
-REDUCTIONS = (4.0, 8.0, 16.0)
-STILL = (0.0, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 1.0)
-REDUNDANT = (0.1, 0.2, 0.3, 0.5, 0.8)
+STILL = (0.1, 0.15, 0.25, 0.35)
+REDUNDANT = (0.0, 0.1, 0.2, 0.3, 0.5)
+SPARE = (1.5, 2.0)
+
+
+def settings() -> list[dict[str, float]]:
+    """``redundant`` varied with ``spare`` at the default ``still``, and with ``still``."""
+    grid = [
+        *itertools.product((LFTR.still,), REDUNDANT, SPARE),
+        *itertools.product(STILL, REDUNDANT, (LFTR.spare,)),
+    ]
+    return [
+        dict(zip(("still", "redundant", "spare"), row, strict=True)) for row in dict.fromkeys(grid)
+    ]
 
 
 def tune(clips: int) -> dict[str, Any]:
@@ -39,10 +51,10 @@ def tune(clips: int) -> dict[str, Any]:
         statistics = Bootstrap(encoded, resamples=2), Bootstrap(about_motion, resamples=2)
         sets.append((encoded, chosen, statistics, answer_questions(model, encoded)))
     rows = []
-    for still, redundant in itertools.product(STILL, REDUNDANT):
+    for setting in settings():
         shares, motion_shares = [], []
         for reduction in REDUCTIONS:
-            reducer = LFTR(reduction=reduction, still=still, redundant=redundant)
+            reducer = LFTR(reduction=reduction, **setting)
             values = []
             for encoded, chosen, (overall, on_motion), unreduced in sets:
                 correct = answer_questions(model, encoded, reducer)
@@ -53,8 +65,7 @@ def tune(clips: int) -> dict[str, Any]:
             motion_shares.append(round(float(motion_share), 4))
         rows.append(
             {
-                "still": still,
-                "redundant": redundant,
+                **setting,
                 "shares": shares,
                 "motion_shares": motion_shares,
                 "mean": round(float(np.mean(shares)), 4),
