@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clouds import clouds, quick
-from tokenreduce.ops import determinant
+from tokenreduce.ops import TIE_TOLERANCE, determinant
 from tokenreduce.ops.determinant import SPAN_TOLERANCE, greedy_determinant
 
 
@@ -64,8 +64,8 @@ def test_together_as_one_by_one(ridge):
     # What other devices than the CPU do.
     vectors = torch.randn(3, 40, 20, generator=torch.Generator().manual_seed(1))
     gain = vectors.square().sum(2)
-    together = determinant._pick_together(vectors, vectors, gain, 15, ridge)
-    assert together.tolist() == run(vectors, 15, ridge)
+    picks = determinant._pick_together(vectors, vectors, gain, 15, ridge)
+    assert picks.tolist() == run(vectors, 15, ridge)
 
 
 def test_duplicates_come_last():
@@ -91,3 +91,22 @@ def test_rows_that_nobody_asks_for():
     vectors = (base + torch.randn(180, 30, generator=generator) / 50)[None]
     kernel = (vectors @ vectors.mT).double()
     assert run(vectors, 8) == [slow(kernel[0], 8)]
+
+
+def together(left, right, k):
+    return determinant._pick_together(left, right, (left * right).sum(2), k, 0.0)
+
+
+@pytest.mark.parametrize("pick", [greedy_determinant, together])
+def test_far_beyond_the_rank(pick):
+    # Long and short tokens in a space of few dimensions: rounding must not grow pick by pick.
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, 400, 8, generator=generator)
+    vectors *= torch.logspace(-6, 0, 400)[None, torch.randperm(400, generator=generator), None]
+    picks = pick(vectors, vectors, 390)[0]
+    assert len(picks.unique()) == 390
+    assert int(torch.linalg.matrix_rank(vectors[0, picks[:8]].double())) == 8
+    # The rest by their diagonal entries, of which a share counts: near ones tie.
+    own = vectors[0].square().sum(1)
+    tie = 2 * TIE_TOLERANCE / SPAN_TOLERANCE * own.max()
+    assert bool((own[picks[8:-1]] >= own[picks[9:]] - tie).all())

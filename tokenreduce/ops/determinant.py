@@ -26,7 +26,7 @@ def greedy_determinant(left: Tensor, right: Tensor, k: int, *, ridge: float = 0.
     The kernel is L_ij = left_i . right_j, plus ``ridge`` on the diagonal; it is never held. Each
     pick adds a row to its Cholesky factor: the pick's row of the kernel, less what earlier picks
     explain of it. O(k N D + k^2 N) time and O(k N) memory. Tokens in the span of those picked are
-    ranked by their diagonal entries.
+    ranked by their diagonal entries, and explain nothing.
 
     Args:
         left: ``(B, N, D)`` float32, detached.
@@ -57,11 +57,17 @@ def _pick_together(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: flo
     for step in range(k):
         newest = first_argmax(gain, scale=scale)
         picks[:, step] = newest
-        root = (gain[item, newest] + ridge).clamp(min=tiny).sqrt()
+        pivot = gain[item, newest]
+        spanned = pivot <= least[item, newest]
+        root = (pivot + ridge).clamp(min=tiny).sqrt()
         row = torch.bmm(right, gather_tokens(left, newest[:, None]).mT).squeeze(2)
         known = factor[:, :step]
         row -= torch.bmm(known[item, :, newest][:, None], known).squeeze(1)
-        factor[:, step] = row.div_(root[:, None])
+        row.div_(root[:, None])
+        if not ridge:
+            # In the span of the others: what is left of the row is rounding.
+            row.masked_fill_(spanned[:, None], 0)
+        factor[:, step] = row
         least[item, newest] = -torch.inf
         gain = torch.maximum(gain.addcmul(row, row, value=-1), least)
         gain[item, newest] = -torch.inf
@@ -86,6 +92,13 @@ def _pick_ahead(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: float)
     for step in range(k):
         newest = int((worth >= worth.max() - tie).argmax())
         picks.append(newest)
+        own = factor[step]
+        if not ridge and worth[newest] <= least[newest]:
+            # In the span of the others: what is left of its row is rounding.
+            own.zero_()
+            ahead.pop(newest, None)
+            worth[newest] = least[newest] = -np.inf
+            continue
         if newest not in ahead:
             if len(ahead) > k:
                 ahead.clear()
@@ -100,10 +113,10 @@ def _pick_ahead(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: float)
                 token: (row, step) for token, row in zip(likely.tolist(), rows.T, strict=True)
             }
         row, since = ahead.pop(newest)
-        known, own = factor[since:step], factor[step]
+        known = factor[since:step]
         torch.addmv(row, known.T, known[:, newest], alpha=-1, out=own)
         added = own.numpy()
-        added /= math.sqrt(max(worth[newest] + ridge, tiny))
+        added /= math.sqrt(worth[newest] + ridge)
         least[newest] = -np.inf
         np.subtract(worth, added * added, out=worth)
         np.maximum(worth, least, out=worth)
