@@ -54,6 +54,8 @@ class ModelSettings:
         vision_encoder: ``{"prune": {"backend": name, ...}}`` or None; a registered encoder pruner.
         joint_encoder: a folder or a hub name of the vision-text encoder that the model took its
             vision tower from, for stages that compare image and prompt in its space.
+        max_pixels: most pixels of a picture that a processor of native resolution leaves as they
+            are, or None for the processor's own limit.
 
     Raises:
         PipelineError: if a value is out of range.
@@ -69,6 +71,7 @@ class ModelSettings:
     quantization: Mapping[str, Any] | None = None
     vision_encoder: Mapping[str, Any] | None = None
     joint_encoder: str | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -84,6 +87,9 @@ class ModelSettings:
             raise PipelineError(
                 f"joint_encoder must be a folder or a hub name, got {self.joint_encoder!r}."
             )
+        pixels = self.max_pixels
+        if pixels is not None and (type(pixels) is not int or pixels < 1):
+            raise PipelineError(f"max_pixels must be a positive number of pixels, got {pixels!r}.")
         found = getattr(torch, self.dtype, None) if self.dtype != "auto" else torch.float32
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise PipelineError(

@@ -14,12 +14,12 @@ from support.tiny_models import IMAGE, VIDEO, VOCABULARY
 
 SIDE = 56
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-_PLAIN = (
+PLAIN = (
     "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
     "{% if c['type'] == 'video' %}<|video_pad|>{% elif c['type'] == 'image' %}<|image_pad|>"
     "{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-_WRAPPED = _PLAIN.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>")
+WRAPPED = PLAIN.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>")
 
 
 class ClipModel(NamedTuple):
@@ -29,7 +29,7 @@ class ClipModel(NamedTuple):
     processor: Any
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """Words have the ids that tiny models give to media."""
     times = ["<", ">", ".", ":", "seconds", *"0123456789", *(f"Frame{i}" for i in range(1, 40))]
     first = ["<pad>", "<bos>", "<unk>", "user", "what", "moves", "here", *SPECIAL, *times]
@@ -37,10 +37,10 @@ def _tokenizer() -> Any:
     assert words.index(SPECIAL[0]) == IMAGE
     assert words.index(SPECIAL[1]) == VIDEO
     vocabulary = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    tokenizer = Tokenizer(vocabulary)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_alone = Tokenizer(vocabulary)
+    words_alone.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=words_alone,
         unk_token="<unk>",
         pad_token="<pad>",
         extra_special_tokens={
@@ -58,9 +58,9 @@ def _llava(name: str, image: str, model: Any, *, size: dict[str, int], **own: An
     crop = {"height": SIDE, "width": SIDE}
     processor = getattr(transformers, f"{name}Processor")(
         image_processor=getattr(transformers, image)(size=size),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         video_processor=getattr(transformers, f"{name}VideoProcessor")(size=size, crop_size=crop),
-        chat_template=_PLAIN,
+        chat_template=PLAIN,
         **own,
     )
     return ClipModel(model, processor)
@@ -71,7 +71,7 @@ def _qwen(name: str, video: str, model: Any, template: str, pixels: int, **own: 
     size = {"shortest_edge": 56 * 56, "longest_edge": pixels}
     processor = getattr(transformers, f"{name}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         video_processor=getattr(transformers, f"{video}VideoProcessor")(size=size, **own),
         chat_template=template,
     )
@@ -84,7 +84,7 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         "Qwen2VL",
         "Qwen2VL",
         tiny_models.qwen2_vl().model,
-        _WRAPPED,
+        WRAPPED,
         112 * 112,
         cap_pixels_per_frame=True,
         max_video_tokens=200,
@@ -93,7 +93,7 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         "Qwen2_5_VL",
         "Qwen2VL",
         tiny_models.qwen2_5_vl().model,
-        _WRAPPED,
+        WRAPPED,
         112 * 112,
         cap_pixels_per_frame=False,
     ),
@@ -102,7 +102,7 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         "Qwen3VL",
         "Qwen3VL",
         tiny_models.qwen3_vl().model,
-        _PLAIN,
+        PLAIN,
         20 * 112 * 112,
         cap_pixels_per_frame=False,
     ),
@@ -110,7 +110,7 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         "Qwen3VL",
         "Qwen3VL",
         tiny_families.model_of("qwen3.5"),
-        _PLAIN,
+        PLAIN,
         20 * 112 * 112,
         cap_pixels_per_frame=True,
     ),

@@ -12,6 +12,7 @@ from tokenreduce_integrations.cli.output import Json, console, print_json, progr
 if TYPE_CHECKING:
     from tokenreduce.pipeline import Pipeline
     from tokenreduce.receipt import Receipt
+    from tokenreduce_integrations.transformers.resolution import Shrunk
     from tokenreduce_integrations.video.decoding import VideoFile
 
 Overrides = Annotated[
@@ -46,6 +47,7 @@ def run(
     """Ask a question about a picture or clip, and print the answer and the receipt."""
     from tokenreduce.config import load_pipeline
     from tokenreduce_integrations.cli import chat
+    from tokenreduce_integrations.transformers.resolution import shrunk_picture
 
     # What can be wrong without the model is found before it is loaded.
     loaded = load_pipeline(pipeline, overrides or ())
@@ -62,7 +64,10 @@ def run(
         inputs = chat.encode(processor, opened, question, model.device, fps=fps)
         text = chat.answer(model, processor, inputs, max_new_tokens=max_new_tokens)
         receipt = attachment.receipt
-    _print(text, receipt, reduced=not no_reduction, as_json=as_json)
+    shrunk = None
+    if opened.modality == "image":
+        shrunk = shrunk_picture(opened.frames[0].size, processor, inputs)
+    _print(text, receipt, reduced=not no_reduction, as_json=as_json, shrunk=shrunk)
 
 
 def _ask_file(
@@ -94,11 +99,18 @@ def _ask_file(
     _print(text, receipt, reduced=not no_reduction, as_json=as_json)
 
 
-def _print(text: str, receipt: Receipt, *, reduced: bool, as_json: bool) -> None:
+def _print(
+    text: str, receipt: Receipt, *, reduced: bool, as_json: bool, shrunk: Shrunk | None = None
+) -> None:
     if as_json:
-        print_json({"answer": text, "reduced": reduced, "receipt": receipt.as_dict()})
+        document = {"answer": text, "reduced": reduced, "receipt": receipt.as_dict()}
+        if shrunk is not None:
+            document["shrunk"] = shrunk._asdict()
+        print_json(document)
         return
     out = console()
     out.print(text, markup=False, soft_wrap=True)
     out.print()
     out.print(str(receipt), style="dim", markup=False, soft_wrap=True)
+    if shrunk is not None:
+        out.print(f"note: {shrunk}", style="dim", markup=False, soft_wrap=True)

@@ -39,6 +39,7 @@ from tokenreduce_integrations.quantization.stored import (
     stored_method,
 )
 from tokenreduce_integrations.transformers.files import find_file
+from tokenreduce_integrations.transformers.resolution import limit_pixels
 from tokenreduce_integrations.transformers.skeleton import skeleton_of
 
 TESTBED = "testbed:"
@@ -98,6 +99,8 @@ def load_model(settings: ModelSettings, stages: Sequence[Stage] = ()) -> tuple[n
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             path, trust_remote_code=False
         )
+        if settings.max_pixels is not None:
+            limit_pixels(processor, settings.max_pixels)
         by_quanto = [find_file(path, name) for name in QUANTO_FILES]
         if by_quanto[0] is not None:
             model = load_quanto(stored, config, by_quanto[0].parent, settings)
