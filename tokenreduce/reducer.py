@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -202,7 +203,8 @@ class Reducer(ABC):
         reason = self.reason_to_keep_all(tokens.count - tokens.layout.protected_count)
         if reason:
             return Reduction.identity(tokens, reason=reason)
-        if not bool(torch.isfinite(tokens.features.sum())) and not bool(
+        # A sum that is not finite may have overflowed: then every value is looked at.
+        if not isfinite(tokens.features.sum().item()) and not bool(
             torch.isfinite(tokens.features).all()
         ):
             raise TokensError(

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import first_argmax, gather_tokens, top_k_indices, unit_vectors
+from tokenreduce.ops import first_argmax, gather_tokens, top_k_mask, unit_vectors
 from tokenreduce.ops.quotas import kept_indices
 from tokenreduce.ops.similarity import SMALLEST_NORM, l1_norm
 from tokenreduce.reducer import Reducer
@@ -79,7 +79,7 @@ def add_least_similar(
     cosine = (states @ unit_vectors(pivots).mT / length[..., None]).mT
     for turn, share in enumerate(shares):
         unlike = (-cosine[:, turn]).masked_fill(kept, -torch.inf)
-        kept = kept.scatter(1, top_k_indices(unlike, share, scale=1.0), True)
+        kept = kept | top_k_mask(unlike, share, scale=1.0)
     return kept
 
 

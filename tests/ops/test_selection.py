@@ -17,6 +17,7 @@ from tokenreduce.ops import (
     gather_tokens,
     rounds,
     top_k_indices,
+    top_k_mask,
     unit_vectors,
 )
 
@@ -52,7 +53,10 @@ def test_top_k(cloud, data):
     scale = data.draw(st.sampled_from([None, 1.0, 100.0]))
     got = top_k_indices(scores, k, scale=scale)
     assert got.dtype == torch.long
-    assert got.tolist() == [slow_top_k(row, k, scale) for row in scores.double().tolist()]
+    expected = [slow_top_k(row, k, scale) for row in scores.double().tolist()]
+    assert got.tolist() == expected
+    mask = top_k_mask(scores.float(), k, scale=scale)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == expected
 
 
 @quick

@@ -21,7 +21,7 @@ from tokenreduce.ops.pooling import (
     grid_map,
     pooled_grid,
 )
-from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax, top_k_indices
+from tokenreduce.ops.selection import TIE_TOLERANCE, first_argmax, top_k_indices, top_k_mask
 from tokenreduce.ops.similarity import gram_matrix, unit_vectors
 from tokenreduce.ops.spreading import farthest_first
 
@@ -48,5 +48,6 @@ __all__ = [
     "merge_tokens",
     "pooled_grid",
     "top_k_indices",
+    "top_k_mask",
     "unit_vectors",
 ]

@@ -18,8 +18,8 @@ SPARE, SPARE_FACTOR = 4, 8
 def _tolerance(scores: Tensor, scale: float | Tensor | None) -> Tensor | float:
     if scale is not None:
         return TIE_TOLERANCE * scale
-    finite = scores.masked_fill(~scores.isfinite(), 0)
-    return TIE_TOLERANCE * finite.abs().amax(-1, keepdim=True)
+    finite = scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return TIE_TOLERANCE * finite.abs_().amax(-1, keepdim=True)
 
 
 def first_argmax(scores: Tensor, *, scale: float | Tensor | None = None) -> Tensor:
@@ -59,11 +59,11 @@ def top_k_indices(scores: Tensor, k: int, *, scale: float | Tensor | None = None
     if k == 0 or k == n:
         return torch.arange(k, device=scores.device).expand(*scores.shape[:-1], k)
     if scores.is_cuda:
-        kept = _kept_mask(scores, k, scores.topk(k, dim=-1).values[..., -1:], scale)
+        kept = top_k_mask(scores, k, scale=scale)
         # nonzero would wait for the device; a stable sort lists the kept indices first, in order.
         return (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
     if SPARE_FACTOR * (k + SPARE) > n:
-        return _from_mask(_kept_mask(scores, k, scores.topk(k, dim=-1).values[..., -1:], scale), k)
+        return _from_mask(top_k_mask(scores, k, scale=scale), k)
     # Few of many: ties are settled among the best few, unless more tie than those.
     best = scores.topk(k + SPARE, dim=-1)
     threshold = best.values[..., k - 1 : k]
@@ -76,6 +76,22 @@ def top_k_indices(scores: Tensor, k: int, *, scale: float | Tensor | None = None
         rows = scores[crowded], k, threshold[crowded], tolerance[crowded] / TIE_TOLERANCE
         chosen[crowded] = _from_mask(_kept_mask(*rows), k)
     return chosen
+
+
+def top_k_mask(scores: Tensor, k: int, *, scale: float | Tensor | None = None) -> Tensor:
+    """The ``k`` largest scores as a mask; at the threshold, the lowest indices win.
+
+    Args:
+        scores: ``(..., N)`` float32, without NaN.
+        k: how many to take, 0 <= k <= N.
+        scale: as for :func:`first_argmax`.
+
+    Returns:
+        ``(..., N)`` booleans.
+    """
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return _kept_mask(scores, k, scores.topk(k, dim=-1).values[..., -1:], scale)
 
 
 def _kept_mask(scores: Tensor, k: int, threshold: Tensor, scale: float | Tensor | None) -> Tensor:
