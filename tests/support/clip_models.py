@@ -78,6 +78,13 @@ def _qwen(name: str, video: str, model: Any, template: str, pixels: int, **own: 
     return ClipModel(model, processor)
 
 
+def _timed(model: Any, *, capped: bool = False) -> ClipModel:
+    """The pixels are those of a whole clip."""
+    patch = model.config.vision_config.patch_size
+    own = {"patch_size": patch, "cap_pixels_per_frame": capped}
+    return _qwen("Qwen3VL", "Qwen3VL", model, PLAIN, 20 * 112 * 112, **own)
+
+
 _SQUARE = {"height": SIDE, "width": SIDE}
 _MODELS: dict[str, Callable[[], ClipModel]] = {
     "qwen2-vl": lambda: _qwen(
@@ -97,23 +104,10 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         112 * 112,
         cap_pixels_per_frame=False,
     ),
-    # The further two have pixels for a whole clip.
-    "qwen3-vl": lambda: _qwen(
-        "Qwen3VL",
-        "Qwen3VL",
-        tiny_models.qwen3_vl().model,
-        PLAIN,
-        20 * 112 * 112,
-        cap_pixels_per_frame=False,
-    ),
-    "qwen3.5": lambda: _qwen(
-        "Qwen3VL",
-        "Qwen3VL",
-        tiny_families.model_of("qwen3.5"),
-        PLAIN,
-        20 * 112 * 112,
-        cap_pixels_per_frame=True,
-    ),
+    "qwen3-vl": lambda: _timed(tiny_models.qwen3_vl().model),
+    "qwen3.5": lambda: _timed(tiny_families.model_of("qwen3.5"), capped=True),
+    "qwen3-vl-moe": lambda: _timed(tiny_families.model_of("qwen3-vl-moe")),
+    "qwen3.5-moe": lambda: _timed(tiny_families.model_of("qwen3.5-moe")),
     "llava-onevision": lambda: _llava(
         "LlavaOnevision",
         "LlavaOnevisionImageProcessor",
@@ -138,7 +132,9 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         image_seq_length=4,
     ),
 }
-NAMES = tuple(_MODELS)
+#: Mixtures of experts take clips as their dense siblings do.
+MIXTURES = ("qwen3-vl-moe", "qwen3.5-moe")
+NAMES = tuple(name for name in _MODELS if name not in MIXTURES)
 
 
 @functools.cache

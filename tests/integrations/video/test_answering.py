@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tokenreduce as tr
-from support.clip_models import NAMES, ClipModel, clip_model
+from support.clip_models import MIXTURES, NAMES, ClipModel, clip_model
 from support.qwen_files import shapes, write_clip
 from support.reference import greedy
 from support.tiny_models import IMAGE, VIDEO, Case, Item, grid
@@ -124,7 +124,7 @@ def test_the_answer_is_that_of_the_whole_clip(clip, name, strategy, budget) -> N
         assert item.stages == told
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MIXTURES])
 def test_the_answer_is_that_of_a_recomputation(clip, name) -> None:
     """Reduced by hand, of what the unmodified model gives, without a cache."""
     loaded, reducer = clip_model(name), tr.create_strategy("lftr", keep=13)
