@@ -19,6 +19,7 @@ PLAIN = (
     "{% if c['type'] == 'video' %}<|video_pad|>{% elif c['type'] == 'image' %}<|image_pad|>"
     "{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
+BOUNDS = ("<|begin_of_video|>", "<|end_of_video|>")
 WRAPPED = PLAIN.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>")
 
 
@@ -32,7 +33,7 @@ class ClipModel(NamedTuple):
 def tokenizer() -> Any:
     """Words have the ids that tiny models give to media."""
     times = ["<", ">", ".", ":", "seconds", *"0123456789", *(f"Frame{i}" for i in range(1, 40))]
-    first = ["<pad>", "<bos>", "<unk>", "user", "what", "moves", "here", *SPECIAL, *times]
+    first = ["<pad>", "<bos>", "<unk>", "user", "what", "moves", "here", *SPECIAL, *BOUNDS, *times]
     words = [*first, *(f"w{i}" for i in range(len(first), VOCABULARY))]
     assert words.index(SPECIAL[0]) == IMAGE
     assert words.index(SPECIAL[1]) == VIDEO
@@ -49,6 +50,8 @@ def tokenizer() -> Any:
             "video_token": SPECIAL[1],
             "start_image_token": SPECIAL[2],
             "end_image_token": SPECIAL[3],
+            "begin_of_video_token": BOUNDS[0],
+            "end_of_video_token": BOUNDS[1],
         },
     )
 
@@ -78,11 +81,11 @@ def _qwen(name: str, video: str, model: Any, template: str, pixels: int, **own: 
     return ClipModel(model, processor)
 
 
-def _timed(model: Any, *, capped: bool = False) -> ClipModel:
+def _timed(model: Any, name: str = "Qwen3VL", **own: Any) -> ClipModel:
     """The pixels are those of a whole clip."""
     patch = model.config.vision_config.patch_size
-    own = {"patch_size": patch, "cap_pixels_per_frame": capped}
-    return _qwen("Qwen3VL", "Qwen3VL", model, PLAIN, 20 * 112 * 112, **own)
+    template = PLAIN.replace("<|video_pad|>", "<|video_pad|>".join(BOUNDS))
+    return _qwen(name, name, model, template, 20 * 112 * 112, patch_size=patch, **own)
 
 
 _SQUARE = {"height": SIDE, "width": SIDE}
@@ -104,10 +107,17 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         112 * 112,
         cap_pixels_per_frame=False,
     ),
-    "qwen3-vl": lambda: _timed(tiny_models.qwen3_vl().model),
-    "qwen3.5": lambda: _timed(tiny_families.model_of("qwen3.5"), capped=True),
-    "qwen3-vl-moe": lambda: _timed(tiny_families.model_of("qwen3-vl-moe")),
-    "qwen3.5-moe": lambda: _timed(tiny_families.model_of("qwen3.5-moe")),
+    "qwen3-vl": lambda: _timed(tiny_models.qwen3_vl().model, cap_pixels_per_frame=False),
+    "qwen3.5": lambda: _timed(tiny_families.model_of("qwen3.5"), cap_pixels_per_frame=True),
+    "qwen3-vl-moe": lambda: _timed(
+        tiny_families.model_of("qwen3-vl-moe"), cap_pixels_per_frame=False
+    ),
+    "qwen3.5-moe": lambda: _timed(
+        tiny_families.model_of("qwen3.5-moe"), cap_pixels_per_frame=False
+    ),
+    "glm4v": lambda: _timed(tiny_families.model_of("glm4v-video"), "Glm4v"),
+    "glm4v-moe": lambda: _timed(tiny_families.model_of("glm4v-moe"), "Glm4v"),
+    "glm46v": lambda: _timed(tiny_families.model_of("glm46v"), "Glm46V"),
     "llava-onevision": lambda: _llava(
         "LlavaOnevision",
         "LlavaOnevisionImageProcessor",
@@ -132,9 +142,11 @@ _MODELS: dict[str, Callable[[], ClipModel]] = {
         image_seq_length=4,
     ),
 }
-#: Mixtures of experts take clips as their dense siblings do.
-MIXTURES = ("qwen3-vl-moe", "qwen3.5-moe")
-NAMES = tuple(name for name in _MODELS if name not in MIXTURES)
+#: These take clips as their siblings do.
+SIBLINGS = ("qwen3-vl-moe", "qwen3.5-moe", "glm4v-moe", "glm46v")
+NAMES = tuple(name for name in _MODELS if name not in SIBLINGS)
+#: Their frames are written as images.
+AS_IMAGES = ("internvl", "glm4v", "glm4v-moe", "glm46v")
 
 
 @functools.cache

@@ -55,6 +55,11 @@ class ClipForm(Protocol):
         ...
 
     @property
+    def token(self) -> Modality:
+        """Whose token stands for the clip in the prompt."""
+        ...
+
+    @property
     def separated(self) -> bool:
         """Whether text stands between moments: timestamps, or numbers of frames."""
         ...
@@ -103,10 +108,12 @@ class PatchedFrames:
     How large the processor makes them depends on the length of the clip.
 
     Args:
-        separated: whether a timestamp stands before each moment.
+        separated: whether a timestamp stands before or after each moment.
+        token: ``image`` where tokens of a clip are written as those of images.
     """
 
     separated: bool = False
+    token: Modality = "video"
     modality: Modality = "video"
 
     def moment(self, video: Any) -> int:
@@ -167,6 +174,10 @@ class StackedFrames:
     separated: bool = False
     end: int = 0
 
+    @property
+    def token(self) -> Modality:
+        return self.modality
+
     def moment(self, video: Any) -> int:
         return 1
 
@@ -216,6 +227,7 @@ def _processed(video: Any, clip: Tensor, **settings: Any) -> Mapping[str, Any]:
 
 
 _TIMED = PatchedFrames(separated=True)
+_GLM = PatchedFrames(separated=True, token="image")
 #: Families whose clips can be encoded a few frames at a time, by ``config.model_type``.
 FORMS: Final[Mapping[str, ClipForm]] = {
     "qwen2_vl": PatchedFrames(),
@@ -224,6 +236,9 @@ FORMS: Final[Mapping[str, ClipForm]] = {
     "qwen3_vl_moe": _TIMED,
     "qwen3_5": _TIMED,
     "qwen3_5_moe": _TIMED,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
     "llava_onevision": StackedFrames(end=1),
     "llava_next_video": StackedFrames(),
     "internvl": StackedFrames(modality="image", separated=True),

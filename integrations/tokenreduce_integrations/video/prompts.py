@@ -142,7 +142,7 @@ def write_prompt(
     metadata = VideoMetadata(frames, fps=fps, frames_indices=list(range(frames)))
     words: str = processor.replace_video_token({**inputs, "video_metadata": [metadata]}, 0)
     token, placeholder = (
-        getattr(processor, f"{form.modality}_{name}") for name in ("token", "token_id")
+        getattr(processor, f"{form.token}_{name}") for name in ("token", "token_id")
     )
     # One placeholder for each run: the tokens of a long clip would take room as text.
     words = re.sub(f"(?:{re.escape(token)})+", lambda run: token, words)

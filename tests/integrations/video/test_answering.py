@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tokenreduce as tr
-from support.clip_models import MIXTURES, NAMES, ClipModel, clip_model
+from support.clip_models import AS_IMAGES, NAMES, SIBLINGS, ClipModel, clip_model
 from support.qwen_files import shapes, write_clip
 from support.reference import greedy
 from support.tiny_models import IMAGE, VIDEO, Case, Item, grid
@@ -32,6 +32,8 @@ from tokenreduce_integrations.video.decoding import VideoFile
 from tokenreduce_integrations.video.forms import FORMS, REASONS, form_of
 
 pytest.importorskip("av", reason="the extra 'video' is missing")
+# GLM's own processor.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FPS = 2.0
 QUESTION = "what moves here"
@@ -124,7 +126,7 @@ def test_the_answer_is_that_of_the_whole_clip(clip, name, strategy, budget) -> N
         assert item.stages == told
 
 
-@pytest.mark.parametrize("name", [*NAMES, *MIXTURES])
+@pytest.mark.parametrize("name", [*NAMES, *SIBLINGS])
 def test_the_answer_is_that_of_a_recomputation(clip, name) -> None:
     """Reduced by hand, of what the unmodified model gives, without a cache."""
     loaded, reducer = clip_model(name), tr.create_strategy("lftr", keep=13)
@@ -132,7 +134,7 @@ def test_the_answer_is_that_of_a_recomputation(clip, name) -> None:
     t, h, w = encoded.grid
     coords, end = grid(t, h, w), len(encoded.chunk.end)
     coords += [(0, t - 1, h - 1, w)] * end
-    token = IMAGE if name == "internvl" else VIDEO
+    token = IMAGE if name in AS_IMAGES else VIDEO
     inputs = whole_inputs(loaded, clip)
     item = Item(0, token, coords, tuple(range(t * h * w, len(coords))))
     ids, _ = greedy(Case(loaded.model, inputs, (item,)), reducer, 8)
@@ -145,8 +147,8 @@ def test_a_clip_of_one_picture(tmp_path, name) -> None:
     clip = write_clip(tmp_path / "short.mp4", shapes(1, 120, 160))
     text, lengths, encoded = streamed(loaded, clip, tr.create_strategy("lftr", keep=400))
     assert encoded.grid[0] == encoded.frames == 1
-    # Qwen3-VL takes pairs of pictures only.
-    times = [0, 0] if name.startswith("qwen3") else [0]
+    # Some take pairs of pictures only.
+    times = [0, 0] if name.startswith(("qwen3", "glm")) else [0]
     inputs = loaded.processor(
         text=[chat.write(loaded.processor, "video", QUESTION)],
         videos=[np.stack([np.asarray(*frames_of(clip))] * len(times))],
