@@ -248,6 +248,13 @@ def test_a_picture_that_is_made_smaller_is_told_of(tmp_path, model_files) -> Non
     assert "shrunk" not in json.loads(run(*asked, advice, "--json").stdout)
 
 
+def test_a_picture_has_no_frames_a_second(tmp_path) -> None:
+    pipeline = pipeline_file(tmp_path, tmp_path, "internvl", 4)
+    result = run(str(pipeline), str(picture(tmp_path, 40)), QUESTION, "--fps", "2")
+    assert result.exit_code == 1
+    assert "is a picture, not a clip" in result.stderr
+
+
 def test_a_limit_that_cannot_be_set_is_refused(model_files) -> None:
     for name in ("llava-next", "internvl"):
         processor = transformers.AutoProcessor.from_pretrained(model_files(name))

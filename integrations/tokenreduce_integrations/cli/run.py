@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenreduce.errors import MediaError
 from tokenreduce_integrations.cli.output import Json, console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def run(
         _ask_file(loaded, file, question, max_new_tokens, no_reduction, fps, as_json)
         return
     opened = chat.open_media(media)
+    if fps is not None and opened.modality == "image":
+        raise MediaError(f"--fps {fps:g}: {media} is a picture, not a clip. Leave --fps out.")
     chat.quiet_loading()
     model, processor, attachment = loaded.build()
     with attachment:
