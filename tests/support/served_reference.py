@@ -7,7 +7,6 @@ cache. Nothing of the integrations takes part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,36 @@ import torch
 import transformers
 from torch import Tensor
 
-from support.served_checkpoints import FAMILIES
+import tokenreduce as tr
 from support.served_engines import TOKENS, Answer
 from support.tiny_models import IMAGE, VIDEO
 from tokenreduce.reducer import Reducer
-from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import Layout, VisualTokens
 
-#: ``(tokens,)`` -> where they lie.
-LayoutOf = Callable[[int], Layout]
+
+def _mosaic(rows: int, columns: int) -> Layout:
+    """A thumbnail of six by six, and a mosaic of tiles with a newline at the end of each row."""
+    tiles = Layout.from_grid((rows, columns + 1), block=1).coords
+    coords = torch.cat([Layout.from_grid((6, 6)).coords, tiles])
+    return Layout(coords, (coords[:, 0] == 1) & (coords[:, 3] == columns))
+
+
+def _clip(frames: int, side: int) -> Layout:
+    """A clip with a newline behind it."""
+    cells = Layout.from_grid((frames, side, side)).coords
+    newline = torch.tensor([[0, frames - 1, side - 1, side]])
+    return Layout(torch.cat([cells, newline]), torch.arange(len(cells) + 1) == len(cells))
+
+
+#: By family and number of tokens.
+LAYOUTS = {
+    ("llava", 144): Layout.from_grid((12, 12)),
+    ("llava-next", 88): _mosaic(4, 12),
+    ("llava-next", 192): _mosaic(12, 12),
+    ("onevision", 88): _mosaic(4, 12),
+    ("onevision", 192): _mosaic(12, 12),
+    ("onevision", 73): _clip(8, 3),
+}
 
 
 class Reference:
@@ -35,7 +55,7 @@ class Reference:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.family = FAMILIES[name]
+        self.name = name
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32
         ).eval()
@@ -61,29 +81,70 @@ class Reference:
         return self.processor(**given)
 
     @torch.no_grad()
-    def answer(
-        self, asked: dict[str, Any], reducer: Reducer, layout: LayoutOf, grids: Sequence[Any] = ()
-    ) -> Answer:
+    def answer(self, asked: dict[str, Any], reducer: Reducer) -> Answer:
         """What the LLM generates greedily behind the reduced prompt.
 
         Args:
             asked: a request to an engine, of one image or clip.
             reducer: the strategy.
-            layout: of the item.
-            grids: for models with M-RoPE: rows and columns of each frame of the item, and its time.
         """
         inputs = self.inputs(asked)
         seen = self._called_with(inputs)
-        embeddings: Tensor = seen["inputs_embeds"]
         ids = inputs["input_ids"][0]
         columns = ((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0]
-        features = embeddings[:, columns]
-        reduction = reducer(VisualTokens(features, layout(len(columns))))
-        kept = _columns(len(ids), columns, reduction)
-        whole = embeddings.clone()
-        whole[:, columns[reduction.positions[0]]] = reduction.features
-        positions, following = self._positions(ids, columns, grids, kept)
-        return self._generate(whole[:, kept], positions, following)
+        layouts = self.layouts(inputs, len(columns))
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        stays[columns] = False
+        carried = [seen["inputs_embeds"][0], *self._deepstack(seen, columns)]
+        for mine, layout in zip(columns.split([len(e) for e in layouts]), layouts, strict=True):
+            reduction = reducer(VisualTokens(carried[0][None, mine], layout))
+            places = mine[reduction.positions[0]]
+            stays[places] = True
+            for whole in carried:
+                whole[places] = reduction.apply(whole[None, mine])[0]
+        positions, following = self._positions(asked, inputs, seen, stays)
+        visual = torch.zeros(len(ids), dtype=torch.bool)
+        visual[columns] = True
+        deep = [whole[visual & stays] for whole in carried[1:]]
+        return self._generate(carried[0][None, stays], positions, following, visual[stays], deep)
+
+    @torch.no_grad()
+    def attached_answer(self, asked: dict[str, Any], reducer: Reducer) -> Answer:
+        """The same, with what TokenReduce makes of the prompt in transformers, signals included.
+
+        Positions are those that an engine counts.
+        """
+        inputs = self.inputs(asked)
+        with tr.attach(self.model, reducer, processor=self.processor):
+            seen = self._called_with(inputs)
+        embeddings = seen["inputs_embeds"]
+        stays = torch.ones(embeddings.shape[1], dtype=torch.bool)
+        positions, following = self._positions(asked, inputs, seen, stays)
+        return self._generate(embeddings, positions, following, ~stays, [])
+
+    def layouts(self, inputs: Any, tokens: int) -> list[Layout]:
+        """Where the tokens of each part of an item lie that is reduced by itself."""
+        if self.name == "internvl":
+            tiles = inputs["pixel_values"].shape[0]
+            frame = Layout.from_grid((4, 4))
+            if "Frame1" in self.processor.tokenizer.decode(inputs["input_ids"][0]):
+                return [frame] * tiles
+            coords = [Layout.from_grid((4, 4), block=block).coords for block in range(tiles)]
+            return [Layout(torch.cat(coords))]
+        if self.mrope:
+            kind = "image" if "image_grid_thw" in inputs else "video"
+            frames, rows, columns = inputs[f"{kind}_grid_thw"][0].tolist()
+            return [Layout.from_grid((frames, rows // 2, columns // 2))]
+        return [LAYOUTS[self.name, tokens]]
+
+    def _deepstack(self, seen: dict[str, Any], columns: Tensor) -> list[Tensor]:
+        """``(S, D)`` what of visual tokens enters later layers, at their columns."""
+        length = seen["inputs_embeds"].shape[1]
+        spread = []
+        for layer in seen.get("deepstack_visual_embeds") or ():
+            spread.append(layer.new_zeros(length, layer.shape[-1]))
+            spread[-1][columns] = layer
+        return spread
 
     def _called_with(self, inputs: Any) -> dict[str, Any]:
         caught: dict[str, Any] = {}
@@ -96,43 +157,49 @@ class Reference:
         return caught
 
     def _positions(
-        self, ids: Tensor, columns: Tensor, grids: Sequence[Any], kept: Tensor
+        self, asked: dict[str, Any], inputs: Any, seen: dict[str, Any], stays: Tensor
     ) -> tuple[Tensor, int]:
-        """Positions of the kept columns, and that of the next token."""
+        """Positions of the columns that stay, and that of the next token."""
         if not self.mrope:
             # The engine counts the tokens of the prompt that it sees.
-            return torch.arange(len(kept))[None], len(kept)
-        parts, at, end = [], 0, 0
-        for start, frames in _items(columns, grids):
-            words = start - end
-            parts.append(torch.arange(at, at + words).expand(3, -1))
-            at += words
-            cells = torch.cat(
-                [
-                    torch.stack(
-                        torch.meshgrid(
-                            torch.tensor([time]),
-                            torch.arange(rows),
-                            torch.arange(cells_a_row),
-                            indexing="ij",
-                        )
-                    ).reshape(3, -1)
-                    for time, rows, cells_a_row in frames
-                ],
-                dim=1,
-            )
-            parts.append(cells + at)
-            at, end = at + int(cells.max()) + 1, start + cells.shape[1]
-        words = len(ids) - end
-        parts.append(torch.arange(at, at + words).expand(3, -1))
-        return torch.cat(parts, dim=1)[:, None, kept], at + words
+            left = int(stays.sum())
+            return torch.arange(left)[None], left
+        positions = seen["position_ids"][-3:]
+        if self.name == "qwen2.5-vl" and "video" in asked["multi_modal_data"]:
+            positions = self._paced_positions(inputs)
+        return positions[..., stays], int(positions[..., -1].max()) + 1
 
-    def _generate(self, embeddings: Tensor, positions: Tensor, following: int) -> Answer:
+    def _paced_positions(self, inputs: Any) -> Tensor:
+        """``(3, 1, S)`` positions by the rule of Qwen2.5-VL: frames at the pace of their time, text
+        behind them from the greatest on."""
+        (frames, rows, columns), *_ = inputs["video_grid_thw"].tolist()
+        seconds = float(torch.as_tensor(inputs["second_per_grid_ts"])[0])
+        pace = seconds * self.model.config.vision_config.tokens_per_second
+        axes = (
+            (torch.arange(frames) * pace).long(),
+            torch.arange(rows // 2),
+            torch.arange(columns // 2),
+        )
+        cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+        ids = inputs["input_ids"][0]
+        start = int((ids == VIDEO).nonzero()[0])
+        behind = len(ids) - start - cells.shape[1]
+        before, after = torch.arange(start), torch.arange(behind) + start + int(cells.max()) + 1
+        parts = [before.expand(3, -1), cells + start, after.expand(3, -1)]
+        return torch.cat(parts, dim=1)[:, None]
+
+    def _generate(
+        self, embeddings: Tensor, positions: Tensor, following: int, visual: Tensor, deep: Any
+    ) -> Answer:
         length, ids, logprobs = embeddings.shape[1], [], []
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         for step in range(TOKENS):
+            extra = {}
+            if deep:
+                mask = torch.nn.functional.pad(visual, (0, step))[None]
+                extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": deep}
             states = decoder(
-                inputs_embeds=embeddings, position_ids=positions, use_cache=False
+                inputs_embeds=embeddings, position_ids=positions, use_cache=False, **extra
             ).last_hidden_state
             scores = head(states[0, -1]).float().log_softmax(-1)
             token = int(scores.argmax())
@@ -143,15 +210,3 @@ class Reference:
             later = torch.full((*positions.shape[:-1], 1), following + step)
             positions = torch.cat([positions, later], dim=-1)
         return Answer(prompt_tokens=length, ids=tuple(ids), logprobs=tuple(logprobs))
-
-
-def _items(columns: Tensor, grids: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
-    return [(int(columns[0]), grids)] if len(grids) else []
-
-
-def _columns(length: int, columns: Tensor, reduction: Reduction) -> Tensor:
-    """Columns of a prompt that stay."""
-    stays = torch.ones(length, dtype=torch.bool)
-    stays[columns] = False
-    stays[columns[reduction.positions[0]]] = True
-    return stays.nonzero()[:, 0]

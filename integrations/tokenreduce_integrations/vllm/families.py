@@ -6,18 +6,28 @@ where its vision tower attends. Nothing here imports vLLM.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from tokenreduce.errors import ServingError
 from tokenreduce.plugins import installed
-from tokenreduce_integrations.vllm.settings import MODALITIES, ServedStage
-from tokenreduce_integrations.vllm.shapes import Shape
+from tokenreduce_integrations.vllm.settings import (
+    MODALITIES,
+    QUERY_SIGNALS,
+    SIGNALS,
+    ServedStage,
+)
+from tokenreduce_integrations.vllm.shapes import Block, Shape
 
+#: Signals that are read where a picture is encoded.
+ENCODED: Final = SIGNALS - QUERY_SIGNALS
 #: Before the name of an architecture, the name under which it is served with reduction.
 PREFIX: Final = "TokenReduce"
 
@@ -76,18 +86,23 @@ class Family:
     """A family of models.
 
     Attributes:
-        architecture: the name of the in-tree class.
-        module: where it is.
+        architecture: the name by which checkpoints ask for the in-tree class.
+        module: where that class is.
+        class_name: its name, where that is another.
         shapes: of the items of each modality that it takes.
         tower: its vision tower.
         mrope: whether positions are those of time, height and width.
+        embeds_text: modalities whose items have text between their tokens, of which nobody knows
+            before encoding how many come before and after it.
     """
 
     architecture: str
     module: str
     shapes: Mapping[str, ShapeOf]
     tower: Tower
+    class_name: str = ""
     mrope: bool = False
+    embeds_text: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -102,11 +117,11 @@ class Family:
             sharded_pictures: whether each worker encodes other pictures than the rest.
         """
         if sharded_pictures:
-            return frozenset({"prompt_embeddings"})
-        names = {"prompt_embeddings", "vision_features", "received_attention", "queries", "keys"}
+            return QUERY_SIGNALS
+        names = QUERY_SIGNALS | ENCODED
         if getattr(config.vision_config, "model_type", "") in _WITH_CLASS_TOKEN:
-            names |= {"class_attention", "shallow_class_attention"}
-        return frozenset(names)
+            return names
+        return names - {"class_attention", "shallow_class_attention"}
 
     def require(self, stage: ServedStage, config: Any, *, sharded_pictures: bool = False) -> None:
         """Check that models of a configuration can serve a stage.
@@ -156,6 +171,61 @@ def whole_picture(processed: Processed) -> Shape:
     return picture if len(picture) == processed.tokens else Shape.line(processed.tokens)
 
 
+def mosaic(processed: Processed) -> Shape:
+    """A thumbnail, and the unpadded mosaic of tiles with a newline after each row (LLaVA-NeXT,
+    LLaVA-OneVision)."""
+    if "image_sizes" not in processed.fields:
+        return Shape.line(processed.tokens)
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    encoder, config = processed.info.get_vision_encoder_info(), processed.info.get_hf_config()
+    side = encoder.get_patch_grid_length()
+    thumbnail = Block(rows=side, columns=side)
+    if processed.tokens == side * side + 1:
+        return Shape(blocks=(replace(thumbnail, newlines="end"),))
+    height, width = processed.fields["image_sizes"].data.tolist()
+    down, across = get_anyres_image_grid_shape(
+        (height, width), config.image_grid_pinpoints, encoder.get_image_size()
+    )
+    cells, rows = processed.info._get_num_unpadded_features(
+        original_height=height,
+        original_width=width,
+        npatches=side,
+        num_patch_height=down,
+        num_patch_width=across,
+    )
+    tiles = Block(rows=rows, columns=cells // rows, newlines="rows")
+    shape = Shape(blocks=(thumbnail, tiles))
+    return shape if len(shape) == processed.tokens else Shape.line(processed.tokens)
+
+
+def pooled_frames(processed: Processed) -> Shape:
+    """Pooled square frames of a clip, and one newline behind the last (LLaVA-OneVision)."""
+    if "pixel_values_videos" not in processed.fields:
+        return Shape.line(processed.tokens)
+    frames = len(processed.fields["pixel_values_videos"].data)
+    side = math.isqrt(processed.tokens // frames)
+    clip = Block(frames=frames, rows=side, columns=side, newlines="end")
+    return Shape(blocks=(clip,)) if len(clip) == processed.tokens else Shape.line(processed.tokens)
+
+
+def square_tiles(processed: Processed) -> Shape:
+    """Square tiles of a picture, behind several of which a thumbnail of the whole (InternVL)."""
+    if "image_num_patches" not in processed.fields:
+        return Shape.line(processed.tokens)
+    tiles = int(processed.fields["image_num_patches"].data)
+    side = math.isqrt(processed.tokens // tiles)
+    part = Block(rows=side, columns=side, whole=False)
+    return Shape(blocks=(*[part] * (tiles - 1), replace(part, whole=True)))
+
+
+def square_frames(processed: Processed) -> Shape:
+    """Square frames of a clip, with text between them and each an item of its own (InternVL)."""
+    frames = int(processed.fields["video_num_patches"].data)
+    side = math.isqrt(processed.tokens // frames)
+    return Shape(blocks=(Block(rows=side, columns=side),) * frames, apart=True)
+
+
 def merged_patches(modality: str) -> ShapeOf:
     """Patches merged two by two, with the grid among the fields (Qwen-VL)."""
 
@@ -190,6 +260,47 @@ def patches(
     return [row[len(row) - len(shape) :] for row, shape in zip(signal, shapes, strict=True)]
 
 
+def packed_tiles(
+    model: Any, signal: Tensor, shapes: Sequence[Shape], arguments: Mapping[str, Any]
+) -> list[Tensor]:
+    """As features are packed, with zero for newlines (LLaVA-NeXT, LLaVA-OneVision)."""
+    vision = model.config.vision_config
+    patches_a_tile = (vision.image_size // vision.patch_size) ** 2
+    signal = signal[:, signal.shape[1] - patches_a_tile :]
+    newline = signal.new_zeros(signal.shape[-1])
+    if "pixel_values_videos" in arguments:
+        frames = [len(clip) for clip in arguments["pixel_values_videos"]]
+        clips = model.apply_pooling(signal).split(frames)
+        return [torch.cat([clip.flatten(0, 1), newline[None]]) for clip in clips]
+    tiles = signal.split([len(picture) for picture in arguments["pixel_values"]])
+    # The method reads nothing of a model but its configuration and its newline.
+    stand_in = SimpleNamespace(config=model.config, image_newline=newline)
+    named = inspect.signature(model._merge_image_patch_embeddings).parameters
+    own = {"image_newline": newline} if "image_newline" in named else {}
+    pack = type(model)._merge_image_patch_embeddings
+    return [
+        pack(stand_in, size, picture, strategy="spatial_unpad", **own)
+        for size, picture in zip(arguments["image_sizes"], tiles, strict=True)
+    ]
+
+
+def shuffled(
+    model: Any, signal: Tensor, shapes: Sequence[Shape], arguments: Mapping[str, Any]
+) -> list[Tensor]:
+    """Neighbouring patches become one token of more channels (InternVL)."""
+    group, channels = patches_a_token(model.config), signal.shape[-1]
+    side = math.isqrt(signal.shape[1] - 1)
+    tiles = signal[:, 1:].reshape(-1, side, side, channels)
+    tokens = model.pixel_shuffle(tiles, scale_factor=model.config.downsample_ratio)
+    tokens = tokens.flatten(1, 2).unflatten(-1, (group, channels)).mean(2)
+    return [item.flatten(0, 1) for item in tokens.split([len(shape.blocks) for shape in shapes])]
+
+
+def patches_a_token(config: Any) -> int:
+    """How many patches one token of the LLM holds (InternVL)."""
+    return int(round(1 / config.downsample_ratio) ** 2)
+
+
 def merged(
     model: Any, signal: Tensor, shapes: Sequence[Shape], arguments: Mapping[str, Any]
 ) -> list[Tensor]:
@@ -209,6 +320,14 @@ _LLAVA_TOWER: Final = Tower(
     deep=feature_layer,
     pool=patches,
 )
+_TILED_TOWER: Final = replace(_LLAVA_TOWER, pool=packed_tiles)
+_INTERN_TOWER: Final = Tower(
+    layers="vision_model.encoder.layers",
+    projector="mlp1",
+    deep=lambda config: -1,
+    pool=shuffled,
+    concatenated=patches_a_token,
+)
 _QWEN_TOWER: Final = Tower(
     layers="visual.blocks",
     projector="visual.merger",
@@ -226,6 +345,35 @@ _ALL = (
         tower=_LLAVA_TOWER,
     ),
     Family(
+        architecture="LlavaNextForConditionalGeneration",
+        module="vllm.model_executor.models.llava_next",
+        shapes={"image": mosaic},
+        tower=_TILED_TOWER,
+    ),
+    Family(
+        architecture="LlavaOnevisionForConditionalGeneration",
+        module="vllm.model_executor.models.llava_onevision",
+        shapes={"image": mosaic, "video": pooled_frames},
+        tower=_TILED_TOWER,
+    ),
+    Family(
+        architecture="InternVLChatModel",
+        module="vllm.model_executor.models.internvl",
+        shapes={"image": square_tiles, "video": square_frames},
+        tower=_INTERN_TOWER,
+    ),
+    Family(
+        architecture="InternVLForConditionalGeneration",
+        module="vllm.model_executor.models.interns1",
+        class_name="InternS1ForConditionalGeneration",
+        shapes={"image": square_tiles, "video": square_frames},
+        tower=replace(
+            _INTERN_TOWER,
+            layers="vision_tower.encoder.layer",
+            projector="multi_modal_projector",
+        ),
+    ),
+    Family(
         architecture="Qwen2VLForConditionalGeneration",
         module="vllm.model_executor.models.qwen2_vl",
         shapes=_MERGED,
@@ -238,6 +386,14 @@ _ALL = (
         shapes=_MERGED,
         tower=_QWEN_TOWER,
         mrope=True,
+    ),
+    Family(
+        architecture="Qwen3VLForConditionalGeneration",
+        module="vllm.model_executor.models.qwen3_vl",
+        shapes=_MERGED,
+        tower=_QWEN_TOWER,
+        mrope=True,
+        embeds_text=frozenset({"video"}),
     ),
 )
 #: By the name to ask vLLM for.

@@ -30,15 +30,41 @@ class ServedItem:
     Attributes:
         shape: where its tokens lie.
         stage: how it is reduced; None where its modality is left as it is.
+        sequence: text that the model has between the item's tokens and that moves as they go, as
+            ids of text in their order, and ``-n`` for n visual tokens; empty if there is none.
     """
 
     shape: Shape
     stage: ServedStage | None
+    sequence: tuple[int, ...] = ()
 
     @cached_property
+    def kept_parts(self) -> tuple[int, ...]:
+        """How many tokens of each of its parts the LLM sees."""
+        if self.stage is None:
+            return tuple(map(len, self.shape.parts))
+        return tuple(self.stage.keep(part.layout) for part in self.shape.parts)
+
+    @property
     def kept(self) -> int:
         """How many of its tokens the LLM sees."""
-        return len(self.shape) if self.stage is None else self.stage.keep(self.shape.layout)
+        return sum(self.kept_parts)
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The ids of the text between its tokens."""
+        return tuple(each for each in self.sequence if each >= 0)
+
+    def ids(self, placeholder: int) -> list[int]:
+        """The item in a prompt before reduction.
+
+        Args:
+            placeholder: what stands for a visual token.
+        """
+        if not self.sequence:
+            return [placeholder] * len(self.shape)
+        runs = ([each] if each >= 0 else [placeholder] * -each for each in self.sequence)
+        return [each for run in runs for each in run]
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -50,7 +76,7 @@ class ServedItem:
     def to_tensor(self) -> Tensor:
         """``(bytes,)`` for :meth:`from_tensor`."""
         stage = None if self.stage is None else self.stage.to_json()
-        text = json.dumps([stage, self.shape.to_list()], separators=(",", ":"))
+        text = json.dumps([stage, self.shape.to_list(), self.sequence], separators=(",", ":"))
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     @classmethod
@@ -78,8 +104,9 @@ class ServedItem:
 
 @lru_cache(maxsize=1024)
 def _from_bytes(data: bytes) -> ServedItem:
-    stage, shape = json.loads(data)
+    stage, shape, sequence = json.loads(data)
     return ServedItem(
         stage=None if stage is None else ServedStage.from_json(stage),
         shape=Shape.from_list(shape),
+        sequence=tuple(sequence),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +24,11 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
-from tokenreduce.reduction import Reduction
 from tokenreduce_integrations.vllm import mrope
 from tokenreduce_integrations.vllm.families import FAMILIES, Family
 from tokenreduce_integrations.vllm.items import FIELD, ServedItem
-from tokenreduce_integrations.vllm.processing import reducing_processor
-from tokenreduce_integrations.vllm.reducing import reduce_items
+from tokenreduce_integrations.vllm.processing import reducing_processor, unpruned
+from tokenreduce_integrations.vllm.reducing import Kept, reduce_items
 from tokenreduce_integrations.vllm.signals import TowerSignals
 
 
@@ -40,9 +40,9 @@ class Reducing:
     #: A tower adapter would be laid out by the number of tokens that stay.
     supports_tower_connector_lora: ClassVar[bool] = False
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._signals = TowerSignals(self, self.family)
+    @cached_property
+    def _signals(self) -> TowerSignals:
+        return TowerSignals(self, self.family)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode and reduce the items of a batch, all of one modality."""
@@ -57,25 +57,29 @@ class Reducing:
         signals = self._signals.read(items, kwargs)
         if "prompt_embeddings" in wanted:
             signals["prompt_embeddings"] = [self._query_embeddings(item) for item in items]
-        reductions = reduce_items(features, items, signals)
+        width = self.config.get_text_config().hidden_size
+        wider = bool(features) and features[0].shape[-1] > width
+        kept = reduce_items(features, items, signals, channels=width if wider else None)
         return tuple(
-            self._row_features(feature, reduction, kwargs, index)
-            for index, (feature, reduction) in enumerate(zip(features, reductions, strict=True))
+            self._rows(each, item, kwargs, index)
+            for index, (each, item) in enumerate(zip(kept, items, strict=True))
         )
 
     def _query_embeddings(self, item: ServedItem) -> Tensor:
         """``(P, D)`` text embeddings of an item's query, as the LLM reads text."""
+        return self._text_embeddings(() if item.stage is None else item.stage.query_ids)
+
+    def _text_embeddings(self, ids: Sequence[int]) -> Tensor:
+        """``(P, D)`` what the LLM reads of text."""
         parameter = next(self.parameters())  # type: ignore[attr-defined]
-        ids = () if item.stage is None else item.stage.query_ids
-        query = torch.tensor(ids, dtype=torch.long, device=parameter.device)
-        embeddings: Tensor = self.get_language_model().embed_input_ids(query)  # type: ignore[attr-defined]
+        tokens = torch.tensor(ids, dtype=torch.long, device=parameter.device)
+        language_model = self.get_language_model()  # type: ignore[attr-defined]
+        embeddings: Tensor = language_model.embed_input_ids(tokens)
         return embeddings
 
-    def _row_features(
-        self, features: Tensor, reduction: Reduction | None, kwargs: Mapping[str, Any], index: int
-    ) -> Tensor:
+    def _rows(self, kept: Kept, item: ServedItem, kwargs: Mapping[str, Any], index: int) -> Tensor:
         """``(M, ...)`` what of an item goes to the LLM."""
-        return features if reduction is None else reduction.features[0]
+        return kept.features
 
 
 class ReducingMRope(Reducing):
@@ -85,23 +89,35 @@ class ReducingMRope(Reducing):
     supported_video_pruning_methods: ClassVar[tuple[str, ...]] = ("evs",)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         # vLLM's own pruning stays off: what the runner is told enables ours.
         self.is_multimodal_pruning_enabled = False
         self._waiting = WeakTensorKeyDictionary()
 
-    def _row_features(
-        self, features: Tensor, reduction: Reduction | None, kwargs: Mapping[str, Any], index: int
-    ) -> Tensor:
-        reduced = super()._row_features(features, reduction, kwargs, index)
-        relative = self._relative_positions(kwargs, index, len(features)).to(features.device)
+    def _rows(self, kept: Kept, item: ServedItem, kwargs: Mapping[str, Any], index: int) -> Tensor:
+        relative = self._relative_positions(item, kwargs, index).to(kept.features.device)
         extent = int(relative.max()) + 1
-        if reduction is not None:
-            relative = relative[reduction.positions[0]]
-        return mrope.with_positions(reduced, relative, extent)
+        rows, columns = kept
+        if item.sequence:
+            rows, columns = self._with_text(kept, item)
+        return mrope.with_positions(rows, relative[columns], extent)
 
-    def _relative_positions(self, kwargs: Mapping[str, Any], index: int, tokens: int) -> Tensor:
-        """``(tokens, 3)`` positions of an item that begins a prompt."""
+    def _with_text(self, kept: Kept, item: ServedItem) -> Kept:
+        """Features with the text between them, standing in the item with its text."""
+        device = kept.features.device
+        is_text = torch.tensor(item.ids(-1), device=device) >= 0
+        text = self._text_embeddings(item.text).to(kept.features)
+        # Text has nothing for the layers that visual tokens enter later.
+        text = torch.nn.functional.pad(text, (0, kept.features.shape[1] - text.shape[1]))
+        visual = (~is_text).nonzero()[:, 0][kept.positions]
+        columns = torch.cat([visual, is_text.nonzero()[:, 0]])
+        order = columns.argsort()
+        return Kept(torch.cat([kept.features, text])[order], columns[order])
+
+    def _relative_positions(
+        self, item: ServedItem, kwargs: Mapping[str, Any], index: int
+    ) -> Tensor:
+        """``(L, 3)`` positions of an item, with its text, that begins a prompt."""
         modality = "image" if "image_grid_thw" in kwargs else "video"
         names = (f"{modality}_grid_thw", "second_per_grid_ts")
         fields = {
@@ -111,16 +127,14 @@ class ReducingMRope(Reducing):
             for name in names
             if kwargs.get(name) is not None
         }
+        ids = item.ids(getattr(self.config, f"{modality}_token_id"))
         feature = MultiModalFeatureSpec(
             data=MultiModalKwargsItem(fields),
             modality=modality,
             identifier="",
-            mm_position=PlaceholderRange(offset=0, length=tokens),
+            mm_position=PlaceholderRange(offset=0, length=len(ids)),
         )
-        placeholder = getattr(self.config, f"{modality}_token_id")
-        positions, _ = super().get_mrope_input_positions(  # type: ignore[misc]
-            [placeholder] * tokens, [feature]
-        )
+        positions, _ = super().get_mrope_input_positions(ids, [feature])  # type: ignore[misc]
         relative: Tensor = positions.T
         return relative
 
@@ -130,19 +144,19 @@ class ReducingMRope(Reducing):
         """``(3, S)`` positions of a prompt before its items are encoded, and what is to be added
         to the number of a token behind it."""
         features = sorted(mm_features, key=lambda each: each.mm_position.offset)
-        spans = [
-            mrope.Span(
-                offset=each.mm_position.offset,
-                kept=each.mm_position.length,
-                full=len(ServedItem.from_tensor(each.data[FIELD].data).shape),
-            )
+        runs = [
+            ServedItem.from_tensor(each.data[FIELD].data).ids(input_tokens[each.mm_position.offset])
             for each in features
+        ]
+        spans = [
+            mrope.Span(offset=each.mm_position.offset, kept=each.mm_position.length, full=len(run))
+            for each, run in zip(features, runs, strict=True)
         ]
         starts = mrope.written_out(spans)
         whole, end = [], 0
-        for span in spans:
+        for span, run in zip(spans, runs, strict=True):
             whole += input_tokens[end : span.offset]
-            whole += [input_tokens[span.offset]] * span.full
+            whole += run
             end = span.offset + span.kept
         whole += input_tokens[end:]
         placed = [
@@ -189,7 +203,8 @@ class ReducingMRope(Reducing):
 
 
 def _served_class(family: Family) -> type:
-    base: Any = getattr(importlib.import_module(family.module), family.architecture)
+    module = importlib.import_module(family.module)
+    base: Any = getattr(module, family.class_name or family.architecture)
     mixin = ReducingMRope if family.mrope else Reducing
     served: Any = type(family.name, (mixin, base), {"__module__": __name__, "family": family})
     if hasattr(base, "get_encoder_cudagraph_config"):
@@ -206,8 +221,11 @@ def _served_class(family: Family) -> type:
         chosen = type(parts.processor(info, dummy_inputs))
         return reducing_processor(chosen, family)(info, dummy_inputs)
 
+    def info(context: Any) -> Any:
+        return parts.info(unpruned(context) if family.mrope else context)
+
     registered: type = MULTIMODAL_REGISTRY.register_processor(
-        processor, info=parts.info, dummy_inputs=parts.dummy_inputs
+        processor, info=info, dummy_inputs=parts.dummy_inputs
     )(served)
     return registered
 

@@ -8,6 +8,7 @@ Settings that cannot be served raise here, before the engine sees the request.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
@@ -15,7 +16,8 @@ from typing import Any, ClassVar, Final
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
-from tokenreduce_integrations.vllm.families import Family, Processed
+from tokenreduce.errors import ServingError
+from tokenreduce_integrations.vllm.families import ENCODED, Family, Processed
 from tokenreduce_integrations.vllm.items import FIELD, ServedItem
 from tokenreduce_integrations.vllm.settings import KEY, ServedStage
 
@@ -112,22 +114,42 @@ class ReducingProcessor:
             index=index,
             tokens=_embedded(updates[0].content),
         )
-        reduced = stage is not None and modality in stage.modalities
+        if stage is not None and modality not in stage.modalities:
+            stage = None
+        brought = f"{modality}_embeds" in fields
+        if stage is not None and brought and not ENCODED.isdisjoint(stage.needs):
+            raise ServingError(
+                f"strategy {stage.reducer().name!r} reads the vision tower, which embeddings that "
+                "a request brings do not pass. Send the picture, or use a strategy that reads "
+                "features only."
+            )
+        content = updates[0].content
         item = ServedItem(
-            shape=self.family.shapes[modality](processed), stage=stage if reduced else None
+            shape=self.family.shapes[modality](processed),
+            stage=stage,
+            sequence=_sequence(content) if modality in self.family.embeds_text else (),
         )
         fields[FIELD] = MultiModalFieldElem(
             data=item.to_tensor(), field=MultiModalBatchedField(keep_on_cpu=True)
         )
-        return [
-            replace(update, content=_shortened(update.content, item.kept)) for update in updates
-        ]
+        return [replace(update, content=_shortened(update.content, item)) for update in updates]
 
 
 def reducing_processor(processor: type, family: Family) -> type:
     """The processor class of a model, with reduction."""
     name = f"Reducing{processor.__name__}"
     return type(name, (ReducingProcessor, processor), {"family": family})
+
+
+def unpruned(context: Any) -> Any:
+    """A processor's context in which vLLM prunes no clips.
+
+    The engine is configured to, so that it corrects positions; processors would make room for it.
+    """
+    config = copy(context.model_config)
+    config.multimodal_config = copy(config.multimodal_config)
+    config.multimodal_config.video_pruning_rate = None
+    return replace(context, model_config=config)
 
 
 def _others(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,13 +168,40 @@ def _embedded(content: PromptUpdateDetails) -> int:
     return int(content.is_embed(content.full).sum())
 
 
-def _shortened(content: PromptUpdateDetails, kept: int) -> PromptUpdateDetails:
-    """The same with fewer placeholders; every other token stays."""
+def _sequence(content: PromptUpdateDetails) -> tuple[int, ...]:
+    """An item's text in its order, with ``-n`` for n placeholders."""
+    runs: list[int] = []
+    for token, visual in zip(content.full, content.is_embed(content.full).tolist(), strict=True):
+        if not visual:
+            runs.append(token)
+        elif runs and runs[-1] < 0:
+            runs[-1] -= 1
+        else:
+            runs.append(-1)
+    return tuple(runs)
+
+
+def _shortened(content: PromptUpdateDetails, item: ServedItem) -> PromptUpdateDetails:
+    """The same with fewer placeholders of each part.
+
+    Every other token stays, or is a placeholder as well where it is embedded with the item.
+    """
     if content.is_embed is None:
-        return replace(content, full=list(content.full[:kept]))
-    full, left = [], kept
-    for token, embedded in zip(content.full, content.is_embed(content.full).tolist(), strict=True):
-        left -= embedded
-        if not embedded or left >= 0:
-            full.append(token)
+        return replace(content, full=list(content.full[: item.kept]))
+    if item.sequence:
+        first = int(content.is_embed(content.full).nonzero()[0])
+        placeholders = [content.full[first]] * (item.kept + len(item.text))
+        return PromptUpdateDetails.from_seq(placeholders)
+    stays = iter(
+        [
+            place < kept
+            for part, kept in zip(item.shape.parts, item.kept_parts, strict=True)
+            for place in range(len(part))
+        ]
+    )
+    embedded = content.is_embed(content.full).tolist()
+    full = [
+        token for token, visual in zip(content.full, embedded, strict=True)
+        if not visual or next(stays)
+    ]  # fmt: skip
     return replace(content, full=full)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +16,40 @@ from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce_integrations.vllm.items import ServedItem
+from tokenreduce_integrations.vllm.settings import ServedStage
+from tokenreduce_integrations.vllm.shapes import Shape
+
+
+class Kept(NamedTuple):
+    """What is left of an item.
+
+    Attributes:
+        features: ``(M, D)``.
+        positions: ``(M,)`` which of its tokens each stands at, ascending.
+    """
+
+    features: Tensor
+    positions: Tensor
+
+
+class _Part(NamedTuple):
+    """What is reduced by itself: ``features`` ``(N, D)`` that go to the LLM, its settings, and
+    its signals ``(N, ...)``."""
+
+    features: Tensor
+    shape: Shape
+    stage: ServedStage | None
+    kept: int
+    signals: Mapping[str, Tensor]
 
 
 def reduce_items(
     features: Sequence[Tensor],
     items: Sequence[ServedItem],
     signals: Mapping[str, Sequence[Tensor]],
-) -> list[Reduction | None]:
-    """What becomes of each item; None where it stays as it is.
+    channels: int | None = None,
+) -> list[Kept]:
+    """What is left of each item.
 
     Items of equal settings and layout are reduced in one call.
 
@@ -29,52 +57,99 @@ def reduce_items(
         features: ``(N, D)`` of each item.
         items: their settings and shapes.
         signals: of each item, named; more than a strategy asks for does no harm.
+        channels: how many of the channels strategies see; the others are reduced alike.
 
     Raises:
         ReductionError: if the encoder gave other tokens than the processor counted, or a strategy
             keeps another number than it promised.
     """
-    for feature, item in zip(features, items, strict=True):
-        if len(feature) != len(item.shape):
-            raise ReductionError(
-                f"the encoder gave {len(feature)} tokens for an item, the processor counted "
-                f"{len(item.shape)}: this release of vLLM lays out items in a way that TokenReduce "
-                "does not know."
-            )
-    groups: dict[Reducer, list[int]] = {}
-    for index, item in enumerate(items):
-        if item.stage is not None and item.kept < len(item.shape):
-            groups.setdefault(item.stage.reducer(), []).append(index)
-    outcomes: list[Reduction | None] = [None] * len(items)
-    for given, members in groups.items():
-        reducer = _prepared(given, features[0].device, features[0].dtype)
-        packed = PackedTokens(
-            features=torch.cat([features[i] for i in members]),
-            layouts=tuple(items[i].shape.layout for i in members),
-            signals=_packed_signals(reducer, members, signals),
+    per_item = [
+        _parts(feature, item, {name: each[index] for name, each in signals.items()})
+        for index, (feature, item) in enumerate(zip(features, items, strict=True))
+    ]
+    parts = [part for parts in per_item for part in parts]
+    outcomes = iter(_reduce_parts(parts, channels))
+    return [_joined([(part, next(outcomes)) for part in parts], channels) for parts in per_item]
+
+
+def _parts(features: Tensor, item: ServedItem, signals: Mapping[str, Tensor]) -> list[_Part]:
+    if len(features) != len(item.shape):
+        raise ReductionError(
+            f"the encoder gave {len(features)} tokens for an item, the processor counted "
+            f"{len(item.shape)}: this release of vLLM lays out items in a way that TokenReduce "
+            "does not know."
         )
-        for i, reduction in zip(
-            members, reduce_packed(packed, [reducer] * len(members)), strict=True
-        ):
-            if reduction.kept != items[i].kept:
+    vocabulary = installed().signals
+    ends = list(accumulate(map(len, item.shape.parts)))
+    return [
+        _Part(
+            features[end - len(shape) : end],
+            shape,
+            item.stage,
+            kept,
+            {
+                name: signal[end - len(shape) : end] if vocabulary[name].per_token else signal
+                for name, signal in signals.items()
+            },
+        )
+        for shape, kept, end in zip(item.shape.parts, item.kept_parts, ends, strict=True)
+    ]
+
+
+def _reduce_parts(parts: Sequence[_Part], channels: int | None) -> list[Reduction | None]:
+    """What becomes of each part; None where it stays as it is."""
+    groups: dict[Reducer, list[int]] = {}
+    for index, part in enumerate(parts):
+        if part.stage is not None and part.kept < len(part.shape):
+            groups.setdefault(part.stage.reducer(), []).append(index)
+    outcomes: list[Reduction | None] = [None] * len(parts)
+    for given, members in groups.items():
+        reducer = _prepared(given, parts[0].features.device, parts[0].features.dtype)
+        packed = _packed([parts[index] for index in members], reducer, channels)
+        reductions = reduce_packed(packed, [reducer] * len(members))
+        for index, reduction in zip(members, reductions, strict=True):
+            part = parts[index]
+            if reduction.kept != part.kept:
                 raise ReductionError(
-                    f"strategy {reducer.name!r} kept {reduction.kept} of {len(items[i].shape)} "
-                    f"tokens, and the prompt has places for {items[i].kept}: its count does not "
+                    f"strategy {reducer.name!r} kept {reduction.kept} of {len(part.shape)} "
+                    f"tokens, and the prompt has places for {part.kept}: its count does not "
                     "follow from budget and layout, as it is registered to."
                 )
-            outcomes[i] = reduction
+            outcomes[index] = reduction
     return outcomes
 
 
-def _packed_signals(
-    reducer: Reducer, members: Sequence[int], signals: Mapping[str, Sequence[Tensor]]
-) -> dict[str, Tensor | Sequence[Tensor]]:
+def _packed(parts: Sequence[_Part], reducer: Reducer, channels: int | None) -> PackedTokens:
     vocabulary = installed().signals
-    wanted = {name: [signals[name][i] for i in members] for name in reducer.needs}
-    return {
-        name: torch.cat(list(each)) if vocabulary[name].per_token else each
-        for name, each in wanted.items()
-    }
+    signals: dict[str, Tensor | Sequence[Tensor]] = {}
+    for name in reducer.needs:
+        each = [part.signals[name] for part in parts]
+        signals[name] = torch.cat(each) if vocabulary[name].per_token else each
+    return PackedTokens(
+        features=torch.cat([part.features[:, :channels] for part in parts]),
+        layouts=tuple(part.shape.layout for part in parts),
+        signals=signals,
+    )
+
+
+def _joined(outcomes: Sequence[tuple[_Part, Reduction | None]], channels: int | None) -> Kept:
+    """What is left of an item, of what became of its parts."""
+    features, positions, start = [], [], 0
+    for part, reduction in outcomes:
+        if reduction is None:
+            features.append(part.features)
+            own = torch.arange(len(part.shape), device=part.features.device)
+        else:
+            features.append(reduction.features[0])
+            if channels is not None:
+                carried = reduction.apply(part.features[None, :, channels:])[0]
+                features[-1] = torch.cat([features[-1], carried], dim=1)
+            own = reduction.positions[0]
+        positions.append(own + start)
+        start += len(part.shape)
+    if len(features) == 1:
+        return Kept(features[0], positions[0])
+    return Kept(torch.cat(features), torch.cat(positions))
 
 
 @lru_cache(maxsize=64)

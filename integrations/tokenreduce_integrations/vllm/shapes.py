@@ -49,10 +49,12 @@ class Shape:
     Attributes:
         blocks: at least one.
         class_token: whether a class token comes before them.
+        apart: whether each block is reduced by itself, since the prompt has text between them.
     """
 
     blocks: tuple[Block, ...]
     class_token: bool = False
+    apart: bool = False
 
     @classmethod
     def grid(cls, frames: int, rows: int, columns: int) -> Shape:
@@ -72,21 +74,27 @@ class Shape:
         """The tokens as strategies see them; class tokens and newlines are protected."""
         return _layout(self)
 
+    @property
+    def parts(self) -> tuple[Shape, ...]:
+        """What is reduced by itself: the shape, or each block of it."""
+        return tuple(Shape(blocks=(block,)) for block in self.blocks) if self.apart else (self,)
+
     def to_list(self) -> list[object]:
         """Plain data, for :meth:`from_list`."""
         fields = [[b.frames, b.rows, b.columns, b.newlines, b.whole] for b in self.blocks]
-        return [self.class_token, fields]
+        return [self.class_token, self.apart, fields]
 
     @classmethod
     def from_list(cls, data: Sequence[object]) -> Shape:
         """What :meth:`to_list` gave."""
-        class_token, fields = data
+        class_token, apart, fields = data
         return cls(
             blocks=tuple(
                 Block(frames=frames, rows=rows, columns=columns, newlines=newlines, whole=whole)
                 for frames, rows, columns, newlines, whole in fields  # type: ignore[attr-defined]
             ),
             class_token=bool(class_token),
+            apart=bool(apart),
         )
 
 

@@ -154,7 +154,7 @@ def _attention(layer: nn.Module) -> tuple[Any, Any]:
     found = [
         (module, module.attn)
         for module in layer.modules()
-        if hasattr(getattr(module, "attn", None), "scale")
+        if hasattr(getattr(module, "attn", None), "head_size")
     ]
     if len(found) != 1:
         raise UnsupportedModel(

@@ -15,21 +15,23 @@ import tokenreduce as tr
 from support import served_checkpoints
 from support.served_engines import Answer, answers, engine, overrides, requests
 from support.served_reference import Reference
-from tokenreduce.tokens import Layout
 
 # vLLM and what it imports warn of each other.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 SETTINGS = {"strategy": "divprune", "reduction": 4}
-#: Visual tokens of each request, and layout and frames (time, rows, columns) of them.
-ITEMS: dict[str, list[tuple[int, Layout, list[tuple[int, int, int]]]]] = {
-    "llava": [(144, Layout.from_grid((12, 12)), [])] * 2,
-    "qwen2.5-vl": [
-        (48, Layout.from_grid((4, 12)), [(0, 4, 12)]),
-        (36, Layout.from_grid((6, 6)), [(0, 6, 6)]),
-        (64, Layout.from_grid((4, 4, 4)), [(time, 4, 4) for time in (0, 2, 4, 6)]),
-    ],
+#: Visual tokens of each request, and how many of them stay in any case.
+TOKENS: dict[str, list[tuple[int, int]]] = {
+    "llava": [(144, 0), (144, 0)],
+    "llava-next": [(88, 4), (192, 12)],
+    "onevision": [(88, 4), (192, 12), (73, 1)],
+    "internvl": [(64, 0), (80, 0), (128, 0)],
+    "qwen2-vl": [(48, 0), (36, 0), (64, 0)],
+    "qwen2.5-vl": [(48, 0), (36, 0), (64, 0)],
+    "qwen3-vl": [(40, 0), (25, 0), (64, 0)],
 }
+
+WITH_CLASS_TOKEN = frozenset({"llava", "llava-next", "internvl"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Served:
     llm: Any
 
 
-@pytest.fixture(scope="module", params=ITEMS)
+@pytest.fixture(scope="module", params=TOKENS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Served]:
     name = request.param
     folder = served_checkpoints.save(name, tmp_path_factory.mktemp("served") / name)
@@ -72,11 +74,11 @@ def test_keeping_all_is_the_unmodified_model(served: Served) -> None:
 
 def test_prompts_shrink_as_computed(served: Served) -> None:
     given = answers(served.llm, requests(served.name))
-    for answer, plain, (tokens, layout, _) in zip(
-        given, served.plain, ITEMS[served.name], strict=True
+    for answer, plain, (tokens, protected) in zip(
+        given, served.plain, TOKENS[served.name], strict=True
     ):
-        kept = (tokens - layout.protected_count) // 4 + layout.protected_count
-        assert answer.prompt_tokens == plain.prompt_tokens - tokens + kept
+        dropped = tokens - protected - tr.Budget(reduction=4).count(tokens - protected)
+        assert answer.prompt_tokens == plain.prompt_tokens - dropped
 
 
 @pytest.mark.parametrize("strategy", ["divprune", "tome"])
@@ -84,11 +86,32 @@ def test_reduced_prompts_are_answered_as_by_transformers(served: Served, strateg
     reference = Reference(served.folder, served.name)
     reducer = tr.create_strategy(strategy, reduction=2)
     asked = requests(served.name)
-    expected = [
-        reference.answer(each, reducer, lambda _, layout=layout: layout, frames)
-        for each, (_, layout, frames) in zip(asked, ITEMS[served.name], strict=True)
-    ]
+    expected = [reference.answer(each, reducer) for each in asked]
     same(answers(served.llm, asked, strategy=strategy, reduction=2), expected, tolerance=2e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fastervlm", "visionzip", "rank-fusion", "vscan", "greedyprune"]
+)
+def test_signals_are_those_of_transformers(served: Served, strategy: str) -> None:
+    reducer = tr.create_strategy(strategy, reduction=2)
+    asked = requests(served.name)
+    if not WITH_CLASS_TOKEN.issuperset({served.name}) and strategy != "greedyprune":
+        with pytest.raises(ValueError, match="class_attention"):
+            answers(served.llm, asked, strategy=strategy, reduction=2)
+        return
+    if strategy == "vscan" and served.name != "llava":
+        with pytest.raises(ValueError, match="grid"):
+            answers(served.llm, asked, strategy=strategy, reduction=2)
+        return
+    reference = Reference(served.folder, served.name)
+    for each in asked:
+        family = served_checkpoints.FAMILIES[served.name]
+        query = each["prompt"].replace(family.image, "").replace(family.video or family.image, "")
+        own = {"query": query} if strategy == "greedyprune" else {}
+        expected = reference.attached_answer(each, reducer)
+        given = answers(served.llm, [each], strategy=strategy, reduction=2, **own)
+        same(given, [expected], tolerance=2e-4)
 
 
 def test_requests_of_several_settings_are_served_side_by_side(served: Served) -> None:
@@ -127,8 +150,9 @@ def test_two_items_of_a_prompt(served: Served) -> None:
     (whole,) = answers(served.llm, [asked], keep_ratio=1)
     (halved,) = answers(served.llm, [asked], keep_ratio=0.5)
     (again,) = answers(served.llm, [asked], keep_ratio=0.5)
-    tokens, layout, _ = ITEMS[served.name][1]
-    assert whole.prompt_tokens - halved.prompt_tokens == (tokens - layout.protected_count)
+    tokens, protected = TOKENS[served.name][1]
+    dropped = tokens - protected - tr.Budget(reduction=2).count(tokens - protected)
+    assert whole.prompt_tokens - halved.prompt_tokens == 2 * dropped
     same([again], [halved], tolerance=1e-5)
 
 

@@ -29,6 +29,16 @@ def test_items_travel_as_bytes_of_any_length() -> None:
     assert ServedItem.from_batch(torch.stack([item.to_tensor()] * 2)) == [item, item]
 
 
+def test_items_know_the_text_between_their_tokens() -> None:
+    item = ServedItem(
+        shape=Shape.grid(2, 1, 2), stage=STAGE, sequence=(70, 9, -2, 10, 71, 9, -2, 10)
+    )
+    assert item.text == (70, 9, 10, 71, 9, 10)
+    assert item.ids(4) == [70, 9, 4, 4, 10, 71, 9, 4, 4, 10]
+    assert ServedItem.from_tensor(item.to_tensor()) == item
+    assert ServedItem(shape=Shape.grid(1, 1, 2), stage=STAGE).ids(4) == [4, 4]
+
+
 def test_items_without_settings_are_refused() -> None:
     with pytest.raises(ServingError, match="without settings"):
         ServedItem.from_batch(None)
@@ -45,15 +55,15 @@ def test_each_item_is_reduced_by_its_own_settings() -> None:
     ]
     given = [features(i, 16) for i in range(4)]
     outcomes = reduce_items(given, items, {})
-    assert outcomes[1] is None
+    assert torch.equal(outcomes[1].features, given[1])
+    assert outcomes[1].positions.tolist() == list(range(16))
     assert [item.kept for item in items] == [4, 16, 3, 4]
     for index, shape in ((0, square), (2, wide), (3, square)):
         outcome, stage = outcomes[index], items[index].stage
-        assert outcome is not None
         assert stage is not None
         alone = stage.reducer()(VisualTokens(given[index][None], shape.layout))
-        assert torch.equal(outcome.positions, alone.positions)
-        assert torch.equal(outcome.features, alone.features)
+        assert torch.equal(outcome.positions, alone.positions[0])
+        assert torch.equal(outcome.features, alone.features[0])
 
 
 def test_merged_tokens_are_new_and_stand_at_their_anchors() -> None:
@@ -61,19 +71,39 @@ def test_merged_tokens_are_new_and_stand_at_their_anchors() -> None:
     item = ServedItem(shape=Shape.grid(1, 4, 4), stage=stage)
     given = features(0, 16)
     (outcome,) = reduce_items([given], [item], {})
-    assert outcome is not None
-    assert outcome.kept == item.kept == 8
-    assert not torch.equal(outcome.features[0], given[outcome.positions[0]])
+    assert len(outcome.features) == item.kept == 8
+    assert not torch.equal(outcome.features, given[outcome.positions])
+
+
+def test_channels_that_strategies_do_not_see_are_reduced_alike() -> None:
+    stage = ServedStage.from_config({"strategy": "tome", "reduction": 2})
+    item = ServedItem(shape=Shape.grid(1, 4, 4), stage=stage)
+    given = features(0, 16)
+    (alone,) = reduce_items([given], [item], {})
+    (outcome,) = reduce_items([given.repeat(1, 3)], [item], {}, channels=16)
+    assert torch.equal(outcome.positions, alone.positions)
+    assert torch.equal(outcome.features, alone.features.repeat(1, 3))
+
+
+def test_frames_with_text_between_them_are_reduced_apart() -> None:
+    frame = Block(rows=2, columns=4)
+    item = ServedItem(shape=Shape(blocks=(frame, frame), apart=True), stage=STAGE)
+    given = features(0, 16)
+    (outcome,) = reduce_items([given], [item], {})
+    assert item.kept_parts == (2, 2)
+    single = ServedItem(shape=Shape(blocks=(frame,)), stage=STAGE)
+    first, second = reduce_items([given[:8], given[8:]], [single, single], {})
+    assert torch.equal(outcome.features, torch.cat([first.features, second.features]))
+    assert torch.equal(outcome.positions, torch.cat([first.positions, second.positions + 8]))
 
 
 def test_newlines_stay_outside_the_budget() -> None:
     shape = Shape(blocks=(Block(rows=4, columns=4), Block(rows=4, columns=4, newlines="rows")))
     item = ServedItem(shape=shape, stage=STAGE)
     (outcome,) = reduce_items([features(0, 36)], [item], {})
-    assert outcome is not None
-    assert outcome.kept == item.kept == 8 + 4
+    assert len(outcome.features) == item.kept == 8 + 4
     newlines = shape.layout.protected.nonzero().squeeze(1)
-    assert torch.isin(newlines, outcome.positions[0]).all()
+    assert torch.isin(newlines, outcome.positions).all()
 
 
 def test_signals_go_to_the_items_they_are_of() -> None:
@@ -81,7 +111,7 @@ def test_signals_go_to_the_items_they_are_of() -> None:
     items = [ServedItem(shape=Shape.grid(1, 2, 4), stage=stage)] * 2
     attention = [torch.arange(8.0), torch.arange(8.0).flip(0)]
     outcomes = reduce_items([features(0, 8), features(1, 8)], items, {"class_attention": attention})
-    assert [o.positions[0].tolist() for o in outcomes if o is not None] == [[6, 7], [0, 1]]
+    assert [outcome.positions.tolist() for outcome in outcomes] == [[6, 7], [0, 1]]
 
 
 def test_an_encoder_that_gives_other_tokens_is_an_error() -> None:
@@ -100,7 +130,6 @@ def test_registered_strategies_keep_what_the_prompt_has_places_for() -> None:
         stage = ServedStage.from_config({"strategy": name, "reduction": 4})
         item = ServedItem(shape=shape, stage=stage)
         (outcome,) = reduce_items([features(0, 48)], [item], {})
-        assert outcome is not None
-        assert outcome.kept == item.kept == 12, name
+        assert len(outcome.features) == item.kept == 12, name
         tried += 1
     assert tried > 10
