@@ -188,11 +188,11 @@ def chain(*reducers: Reducer) -> Chain:
 def chain_item(item: VisualTokens, reducers: tuple[Reducer, ...]) -> Reduction:
     """Apply reducers one after another to a batch of one."""
     first, *rest = reducers
-    result = first(item)
+    result = step = first(item)
     for reducer in rest:
-        (item,) = result.tokens(item) if result is not None else (item,)
-        following = reducer(item)
-        result = result.then(following)
+        (item,) = step.tokens(item)
+        step = reducer(item)
+        result = result.then(step)
     return result
 
 

@@ -78,6 +78,25 @@ def test_protected_tokens_pass_through_wrappers() -> None:
     assert set(range(0, 45, 9)) <= set(result.positions[0].tolist())
 
 
+@pytest.mark.parametrize("middle", ["divprune", "tome"])
+def test_a_chain_of_three_is_each_on_what_the_one_before_left(middle: str) -> None:
+    tokens = clip(batch=1)
+    first, second, third = (
+        tr.create_strategy("tome", keep=20),
+        tr.create_strategy(middle, keep=12),
+        tr.create_strategy("norm-topk", keep=5),
+    )
+    one = first(tokens)
+    [between] = one.tokens(tokens)
+    two = second(between)
+    [last] = two.tokens(between)
+    expected = one.then(two).then(third(last))
+    result = tr.chain(first, second, third)(tokens)
+    assert torch.equal(result.features, expected.features)
+    assert torch.equal(result.positions, expected.positions)
+    assert torch.equal(result.assignment, expected.assignment)
+
+
 def test_chain_applies_one_after_another() -> None:
     tokens = clip()
     first, second = EveryOther(keep=20), tr.create_strategy("norm-topk", keep=5)
