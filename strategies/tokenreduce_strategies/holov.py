@@ -43,7 +43,7 @@ from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import top_k_indices, unit_vectors
+from tokenreduce.ops import gram_matrix, top_k_indices, unit_vectors
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
@@ -110,7 +110,7 @@ class HoloV(Reducer):
 def run_score(unit: Tensor, attention: Tensor) -> Tensor:
     """``(B,)`` how attended and varied a run of unit vectors ``(B, s, D)`` is; steps 1 and 2."""
     others = max(1, unit.shape[1] - 1)
-    cosine = unit @ unit.mT
+    cosine = gram_matrix(unit)
     cosine.diagonal(dim1=1, dim2=2).zero_()
     mean = cosine.sum(2, keepdim=True) / others
     variety = (cosine - mean).square_().sum(2) / others

@@ -25,6 +25,7 @@ def test_similarity_to_one_token_of_each_item(with_gram: bool) -> None:
 @pytest.mark.parametrize("n", [2, 5, 6, 7, 12])
 def test_products_of_all_pairs_by_rows(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "GRAM_ROWS", 3)
+    monkeypatch.setattr(similarity, "FEW_ROWS", 2)
     unit = unit_vectors(torch.randn(2, n, 5, generator=torch.Generator().manual_seed(n)))
     expected = torch.einsum("bnd,bmd->bnm", unit, unit)
     torch.testing.assert_close(gram_matrix(unit), expected)

@@ -11,8 +11,8 @@ SMALLEST_NORM = 1e-8
 
 #: Entries that are worked on at a time: 64 Ki float32 values, a quarter of a MiB.
 CACHED_ENTRIES = 1 << 16
-#: Rows of a Gram matrix that are computed at a time, from the diagonal on.
-GRAM_ROWS = 256
+#: Rows of a Gram matrix that are computed at a time, from the diagonal on; fewer of a small one.
+GRAM_ROWS, FEW_ROWS = 256, 128
 
 
 def unit_vectors(features: Tensor) -> Tensor:
@@ -67,13 +67,14 @@ def gram_matrix(features: Tensor, *, out: Tensor | None = None) -> Tensor:
         ``(B, N, N)``.
     """
     n = features.shape[1]
-    if n < 2 * GRAM_ROWS or features.is_cuda:
+    if n < 2 * FEW_ROWS or features.is_cuda:
         gram = features @ features.mT
         return gram if out is None else out.copy_(gram)
     gram = features.new_empty(features.shape[0], n, n) if out is None else out
+    rows = GRAM_ROWS if n >= 4 * GRAM_ROWS else FEW_ROWS
     for item, products in zip(features, gram, strict=True):
-        for begin in range(0, n, GRAM_ROWS):
-            end = min(begin + GRAM_ROWS, n)
+        for begin in range(0, n, rows):
+            end = min(begin + rows, n)
             torch.mm(item[begin:end], item[begin:].T, out=products[begin:end, begin:])
             products[end:, begin:end] = products[begin:end, end:].T
     return gram
