@@ -14,8 +14,8 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 #: Entries of one tile of similarities: 16 Mi float32 values, 64 MiB.
 TILE_ENTRIES = 1 << 24
 
-#: Tokens of a side of the tiles in which earlier tokens are searched.
-TILE_ROWS = 1024
+#: Tokens, and earlier tokens, of the tiles in which earlier tokens are searched.
+TILE_ROWS, TILE_COLUMNS = 512, 256
 
 
 class ExactSearch:
@@ -36,8 +36,9 @@ class ExactSearch:
             tile = slice(start, start + TILE_ROWS)
             queries = directions(features[rows[tile]])
             value[tile], index[tile] = earlier_within(queries, start)
-            for before in range(0, start, TILE_ROWS):
-                cosine = queries @ directions(features[rows[before : before + TILE_ROWS]]).T
+            for before in range(0, start, TILE_COLUMNS):
+                earlier = rows[before : min(start, before + TILE_COLUMNS)]
+                cosine = queries @ directions(features[earlier]).T
                 found = first_argmax(cosine, scale=1.0)
                 nearer(cosine.gather(1, found[:, None])[:, 0], found + before, value, index, tile)
         return value, index

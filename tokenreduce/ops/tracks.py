@@ -6,8 +6,10 @@ from torch import Tensor
 from tokenreduce.ops.similarity import directions
 from tokenreduce.tokens import Layout
 
-#: Tokens that are copied at once: 2 MiB at 1024 channels in float32.
-PART_TOKENS = 512
+#: Tokens that are copied at once: half a MiB at 1024 channels in float32, which caches hold.
+PART_TOKENS = 128
+#: How many times as many elsewhere than on the CPU, where each copy waits to be started.
+ELSEWHERE = 16
 
 
 def tracks(layout: Layout) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,8 @@ def mean_direction(features: Tensor, sizes: Tensor) -> Tensor:
     """``(1, D)`` mean of the directions of tokens ``(N, D)``, weighted by sizes ``(1, N)``."""
     share = sizes / sizes.sum(1, keepdim=True)
     mean = torch.zeros(1, features.shape[1], device=features.device)
-    for part, weight in zip(features.split(PART_TOKENS), share.split(PART_TOKENS, 1), strict=True):
+    count = _part(features)
+    for part, weight in zip(features.split(count), share.split(count, 1), strict=True):
         mean += weight @ directions(part)
     return mean
 
@@ -70,7 +73,8 @@ def mean_direction(features: Tensor, sizes: Tensor) -> Tensor:
 def cosine_to(features: Tensor, rows: Tensor, direction: Tensor) -> Tensor:
     """Inner product ``(n,)`` of the directions of the tokens at ``rows`` with one ``(D,)``."""
     cosine = torch.empty(rows.shape, device=features.device)
-    for part, out in zip(rows.split(PART_TOKENS), cosine.split(PART_TOKENS), strict=True):
+    count = _part(features)
+    for part, out in zip(rows.split(count), cosine.split(count), strict=True):
         out.copy_(directions(features[part]) @ direction)
     return cosine
 
@@ -78,7 +82,12 @@ def cosine_to(features: Tensor, rows: Tensor, direction: Tensor) -> Tensor:
 def between(features: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Cosine ``(n,)`` of the tokens at ``one`` and those at ``other``, both ``(n,)``."""
     cosine = torch.empty(one.shape, device=features.device)
-    parts = (tensor.split(PART_TOKENS) for tensor in (one, other, cosine))
+    parts = (tensor.split(_part(features)) for tensor in (one, other, cosine))
     for a, b, out in zip(*parts, strict=True):
         out.copy_((directions(features[a]) * directions(features[b])).sum(-1))
     return cosine
+
+
+def _part(features: Tensor) -> int:
+    """Tokens that are copied at once."""
+    return PART_TOKENS * (1 if features.device.type == "cpu" else ELSEWHERE)

@@ -28,7 +28,7 @@ BLOCK: Final = 512
 #: Proposals of an index, beyond those asked for.
 SPARE: Final = 15
 #: Vectors for each list that the lists are fitted to, and passes over them.
-FIT_VECTORS, FIT_PASSES = 24, 5
+FIT_VECTORS, FIT_PASSES = 12, 5
 
 
 class FaissSearch(ABC):
@@ -154,6 +154,9 @@ class InvertedListSearch(FaissSearch):
         kind = faiss.ScalarQuantizer.QT_8bit
         index = faiss.IndexIVFScalarQuantizer(centroids, channels, lists, kind, metric)
         index.nprobe = min(8, lists)
+        # Differences from the centroids say no more in 8 bits than unit vectors do, and fitting to
+        # them holds the sample twice.
+        index.by_residual = False
         index.cp.niter, index.cp.min_points_per_centroid = FIT_PASSES, 1
         return index
 
