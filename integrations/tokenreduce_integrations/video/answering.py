@@ -134,9 +134,9 @@ def encode_clip(
                 stream.feed(chunk.features, chunk.grid)
         frames, moments = frames + len(pictures), moments + t
         progress(frames / fps)
-    grid = (moments, h, w)
     if first is None:
         raise MediaError(f"{file.path}: holds no picture that can be decoded.")
+    grid = (moments, h, w)
     if stream is None or reducer is None:
         tokens = VisualTokens.from_grid(torch.cat(kept), grid)
     else:
