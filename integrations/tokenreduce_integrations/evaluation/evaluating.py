@@ -315,7 +315,7 @@ def _normal(text: str) -> str:
 @cache
 def _model_digest(path: str) -> bytes:
     """What tells the models of a folder apart; nothing for a model of a hub."""
-    from tokenreduce_integrations.transformers.loading import resolve_path
+    from tokenreduce_integrations.transformers.files import resolve_path
 
     digest = hashlib.sha256()
     folder = Path(resolve_path(path))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tokenreduce.errors import AttachmentError, PipelineError, UnsupportedModel
 from tokenreduce_integrations.transformers.attachment import attachment_of
 from tokenreduce_integrations.transformers.families import find_decoder
+from tokenreduce_integrations.transformers.files import PLAN_FILE
 
-PLAN_FILE = "surgery.json"
 FORMAT = 1
 
 _ATTRIBUTE = "_tokenreduce_surgery"

@@ -20,11 +20,10 @@ from tokenreduce.backends import (
     find_encoder_pruner,
     find_quantizer,
 )
-from tokenreduce.errors import PipelineError, TokenReduceError, UnsupportedModel, did_you_mean
+from tokenreduce.errors import PipelineError, TokenReduceError, UnsupportedModel
 from tokenreduce.pipeline import ModelSettings
 from tokenreduce.stage import Stage
 from tokenreduce_integrations.pruning.surgery import (
-    PLAN_FILE,
     SurgeryPlan,
     cut_class,
     plan_of,
@@ -38,11 +37,9 @@ from tokenreduce_integrations.quantization.stored import (
     refuse_device,
     stored_method,
 )
-from tokenreduce_integrations.transformers.files import find_file
+from tokenreduce_integrations.transformers.files import PLAN_FILE, find_file, resolve_path
 from tokenreduce_integrations.transformers.resolution import limit_pixels
 from tokenreduce_integrations.transformers.skeleton import skeleton_of
-
-TESTBED = "testbed:"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST_REASON = 400
@@ -296,25 +293,6 @@ def _quantized_copy(model: Any, arguments: Mapping[str, Any], settings: ModelSet
     )
     copied.generation_config = model.generation_config
     return copied
-
-
-def resolve_path(path: str) -> str:
-    """The folder of a model that ships with this package, or the path as it is.
-
-    Raises:
-        PipelineError: if no such model ships.
-    """
-    if not path.startswith(TESTBED):
-        return path
-    from tokenreduce_integrations.testbed.models import MODEL_NAMES, VIDEO_MODEL_NAMES, model_path
-
-    name, shipped = path.removeprefix(TESTBED), (*MODEL_NAMES, *VIDEO_MODEL_NAMES)
-    if name not in shipped:
-        raise PipelineError(
-            f"model path {path!r}: there is no testbed model {name!r}. "
-            f"{did_you_mean(path, [TESTBED + known for known in shipped])}"
-        )
-    return str(model_path(name))
 
 
 @contextmanager

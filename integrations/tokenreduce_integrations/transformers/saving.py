@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenreduce.errors import PipelineError
 from tokenreduce.pipeline import ModelSettings
-from tokenreduce_integrations.pruning.surgery import PLAN_FILE, plan_of
+from tokenreduce_integrations.pruning.surgery import plan_of
 from tokenreduce_integrations.quantization.stored import save_weights
+from tokenreduce_integrations.transformers.files import PLAN_FILE
 
 
 def save_model(model: Any, processor: Any, folder: Path, settings: ModelSettings) -> None:
