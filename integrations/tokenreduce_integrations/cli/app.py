@@ -22,6 +22,7 @@ from tokenreduce_integrations.cli import (
     new,
     plugins,
     run,
+    serve,
     show,
 )
 
@@ -66,6 +67,7 @@ def _options(
 
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("show")(show.show)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)

@@ -28,8 +28,8 @@ def reason_uncountable(reducer: Reducer) -> str:
         return reason_uncountable(reducer.inner)
     if isinstance(reducer, Chain):
         first, *rest = reducer.reducers
-        later = (_reason_uncountable_later(each) for each in rest)
-        return next((reason for reason in (reason_uncountable(first), *later) if reason), "")
+        reasons = [reason_uncountable(first), *map(_reason_uncountable_later, rest)]
+        return next(filter(None, reasons), "")
     if any(True for _ in reducer.inner_reducers()):
         return f"what {reducer.name} keeps is known only once it has run"
     if reducer.count_class == "adaptive":
@@ -41,6 +41,8 @@ def reason_uncountable(reducer: Reducer) -> str:
 
 def _reason_uncountable_later(reducer: Reducer) -> str:
     """The same of a reducer that sees what another one left, wherever that lies."""
+    if isinstance(reducer, Chain):
+        return next(filter(None, map(_reason_uncountable_later, reducer.reducers)), "")
     by_place = reducer.record.needs_grid or any(True for _ in reducer.inner_reducers())
     if by_place or reducer.count_class != "exact":
         return (
@@ -75,7 +77,7 @@ def _kept(reducer: Reducer, tokens: int, layout: Layout | None) -> int:
         first, *rest = reducer.reducers
         tokens = _kept(first, tokens, layout)
         for each in rest:
-            tokens = each.count(tokens)
+            tokens = _kept(each, tokens, None)
         return tokens
     groups = isinstance(reducer, GroupWise)
     if not groups and reducer.count_class == "exact" and not reducer.record.needs_grid:

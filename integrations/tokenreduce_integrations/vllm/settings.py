@@ -270,6 +270,13 @@ class ServedStage:
             _text({**self._spec(), "versions": [__version__, *makers]}).encode()
         ).hexdigest()[:16]
 
+    def to_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` reads, without what equals its default."""
+        stage = {key: value for key, value in dump_stage(self.stage).items() if key != "site"}
+        if self.modalities != MODALITIES:
+            stage["modalities"] = list(self.modalities)
+        return stage if self.query is None else {**stage, "query": self.query}
+
     def to_json(self) -> str:
         """All that the worker needs to know of an item, as one line of text."""
         return _text({**self._spec(), "query_ids": self.query_ids, "digest": self.digest})

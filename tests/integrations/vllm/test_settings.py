@@ -46,6 +46,12 @@ WRAPPED: dict[str, Mapping[str, Any]] = {
             {"strategy": "divprune", "keep": 5},
         ]
     },
+    "chain of chains": {
+        "reducers": [
+            {"strategy": "chain", "reducers": [{"strategy": "avg-pool", "keep": 9}]},
+            {"strategy": "chain", "reducers": [{"strategy": "tome", "keep_ratio": 0.4}]},
+        ]
+    },
 }
 LAYOUTS = {
     "one token": Layout.from_grid((1, 1)),
