@@ -285,12 +285,14 @@ def _qwen_processor(name: str, video: str, patch: int) -> Callable[[Any, str], A
     def build(tokens: Any, template: str) -> Any:
         cell = (2 * patch) ** 2
         cut = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+        # vLLM normalizes clips as it does images, so both are to say the same.
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         image_size = {"shortest_edge": 4 * cell, "longest_edge": 256 * cell}
         video_size = {"shortest_edge": 4 * cell, "longest_edge": 1024 * cell}
         return getattr(transformers, name)(
-            transformers.Qwen2VLImageProcessor(size=image_size, **cut),
+            transformers.Qwen2VLImageProcessor(size=image_size, **cut, **half),
             tokens,
-            getattr(transformers, video)(size=video_size, **cut),
+            getattr(transformers, video)(size=video_size, **cut, **half),
             chat_template=template,
         )
 

@@ -55,6 +55,11 @@ class ReducingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
                 f"TokenReduce does. Leave it out, and say how many tokens stay in "
                 f"hf_overrides[{KEY!r}]."
             )
+        if vllm_config.compilation_config.compile_mm_encoder:
+            raise ServingError(
+                "compile_mm_encoder: signals of a compiled vision tower cannot be read, and a "
+                "request may ask for a strategy that does. Leave it out."
+            )
         if not family.mrope:
             return
         parallel = vllm_config.parallel_config

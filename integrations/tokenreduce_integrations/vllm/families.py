@@ -38,16 +38,12 @@ class Processed:
 
     Attributes:
         info: the processor's knowledge of the model (vLLM's ``BaseProcessingInfo``).
-        items: the media of the item's modality, before they were processed.
         fields: the item's processed fields; each has its value in ``data``.
-        index: which of the media it is.
         tokens: placeholders that it has before reduction.
     """
 
     info: Any
-    items: Any
     fields: Mapping[str, Any]
-    index: int
     tokens: int
 
 

@@ -51,7 +51,7 @@ class Reducing:
             return super().embed_multimodal()  # type: ignore[misc]
         items = ServedItem.from_batch(data)
         wanted = {name for item in items for name in item.needs}
-        with self._signals.wanted(wanted, kwargs):
+        with self._signals.catching(wanted, kwargs):
             encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         features = [each.reshape(-1, each.shape[-1]) for each in encoded]
         signals = self._signals.read(items, kwargs)

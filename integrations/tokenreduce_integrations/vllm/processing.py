@@ -75,6 +75,14 @@ class ReducingProcessor:
             for modality, known in hashes.items()
         }
 
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        given = inputs.hf_processor_mm_kwargs
+        others = replace(inputs, hf_processor_mm_kwargs=_others(given))
+        kwargs = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            others, mm_is_cached
+        )
+        return {**kwargs, KEY: given[KEY]} if KEY in given else kwargs
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(  # type: ignore[misc]
             mm_items, _others(hf_kwargs)
@@ -96,24 +104,16 @@ class ReducingProcessor:
         )
         return {
             modality: [
-                self._reduce(each, mm_items[modality], out_mm_kwargs[modality][index], stage)
+                self._reduce(each, out_mm_kwargs[modality][index], stage)
                 for index, each in enumerate(per_item)
             ]
             for modality, per_item in updates.items()
         }
 
-    def _reduce(
-        self, updates: Sequence[Any], items: Any, fields: Any, stage: ServedStage | None
-    ) -> list[Any]:
+    def _reduce(self, updates: Sequence[Any], fields: Any, stage: ServedStage | None) -> list[Any]:
         """The placeholders of an item, which is told the worker among its fields."""
-        modality, index = updates[0].modality, updates[0].item_idx
-        processed = Processed(
-            info=self.info,
-            items=items,
-            fields=fields,
-            index=index,
-            tokens=_embedded(updates[0].content),
-        )
+        modality, content = updates[0].modality, updates[0].content
+        processed = Processed(info=self.info, fields=fields, tokens=_embedded(content))
         if stage is not None and modality not in stage.modalities:
             stage = None
         brought = f"{modality}_embeds" in fields
@@ -123,7 +123,6 @@ class ReducingProcessor:
                 "a request brings do not pass. Send the picture, or use a strategy that reads "
                 "features only."
             )
-        content = updates[0].content
         item = ServedItem(
             shape=self.family.shapes[modality](processed),
             stage=stage,

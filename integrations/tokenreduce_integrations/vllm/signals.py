@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenreduce.errors import MissingSignal, UnsupportedModel
 from tokenreduce_integrations.transformers.probes.attention import SIGNALS
 from tokenreduce_integrations.transformers.probes.towers import SHALLOW
-from tokenreduce_integrations.vllm.families import Family
+from tokenreduce_integrations.vllm.families import ENCODED, Family
 from tokenreduce_integrations.vllm.items import ServedItem
 
 _MEANS_OVER_HEADS = frozenset({"class_attention", "shallow_class_attention", "received_attention"})
@@ -53,17 +53,26 @@ class TowerSignals:
         projector.register_forward_pre_hook(self._catch_features)
 
     @contextmanager
-    def wanted(self, names: Collection[str], arguments: Mapping[str, Any]) -> Iterator[None]:
-        """Catch some signals of the encoding call inside.
+    def catching(self, names: Collection[str], arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Catch some signals of the encoding call inside, for :meth:`read`.
 
         Args:
             names: of the signals.
             arguments: of the call.
+
+        Raises:
+            MissingSignal: if the call does not give one of them.
         """
-        self._wanted, self._caught = frozenset(names), {}
+        self._wanted, self._caught = ENCODED.intersection(names), {}
         self._segments = _frame_patches(arguments) if self._family.tower.native else []
         try:
             yield
+            missing = self._wanted - set(self._caught)
+            if missing:
+                raise MissingSignal(
+                    f"the vision tower of {self._family.architecture} ran without the modules that "
+                    f"{', '.join(sorted(missing))} is read from: it was replaced or compiled."
+                )
         finally:
             self._wanted = frozenset()
 

@@ -24,7 +24,7 @@ SETTINGS = {
 }
 MODES: dict[str, dict[str, Any]] = {
     # Media are split over several steps.
-    "chunks": {"max_num_batched_tokens": 32, "block_size": 16, "max_num_seqs": 2},
+    "chunks": {"max_num_batched_tokens": 32},
     "no cache": {"enable_prefix_caching": False, "mm_processor_cache_gb": 0},
     "two workers": {"tensor_parallel_size": 2},
     "compiled": {"enforce_eager": False},
@@ -38,8 +38,18 @@ def run(folder: Path, name: str, **options: Any) -> list[Answer]:
         return [*answers(llm, asked), *answers(llm, asked)]
 
 
+@pytest.fixture(scope="module", params=SETTINGS)
+def plain(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, list[Answer]]:
+    """A family, its checkpoint, and what it answers in the usual mode."""
+    name = request.param
+    folder = served_checkpoints.save(name, tmp_path_factory.mktemp("modes") / name)
+    return name, folder, run(folder, name)
+
+
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("plain", "mode"),
     [
         ("llava", "two workers"),
         ("qwen2.5-vl", "chunks"),
@@ -49,18 +59,18 @@ def run(folder: Path, name: str, **options: Any) -> list[Answer]:
         ("qwen3-vl", "chunks"),
         ("qwen3-vl", "in process"),
     ],
+    indirect=["plain"],
 )
 def test_modes_answer_alike(
-    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: tuple[str, Path, list[Answer]], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = served_checkpoints.save(name, tmp_path / name)
-    plain = run(folder, name)
+    name, folder, expected = plain
     if mode == "two workers":
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     if mode == "in process":
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     given = run(folder, name, **MODES[mode])
-    for ours, theirs in zip(given, plain, strict=True):
+    for ours, theirs in zip(given, expected, strict=True):
         assert ours.prompt_tokens == theirs.prompt_tokens
         assert ours.ids == theirs.ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
