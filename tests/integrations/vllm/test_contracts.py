@@ -121,7 +121,7 @@ def test_the_runner_for_cpus_enables_nothing_by_itself() -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.architecture)
 def test_the_classes_of_families_are_where_they_were(family: Family) -> None:
     module = family.module.removeprefix("vllm.")
-    name = f"{module}:{family.architecture}"
+    name = f"{module}:{family.class_name or family.architecture}"
     assert SOURCE.parameters(f"{name}.embed_multimodal") == ()
     if family.mrope:
         assert SOURCE.parameters(f"{name}.get_mrope_input_positions") == (
