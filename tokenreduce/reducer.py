@@ -227,8 +227,8 @@ class Reducer(ABC):
 
         Args:
             budget: most tokens to hold; it replaces the reducer's own budget.
-            window: tokens that arrive before they are reduced; 8192, or the budget if that is
-                more, if omitted.
+            window: tokens of memory for what is new; 16,384, or three budgets if that is more, if
+                omitted.
             channels: how many of the features' first channels the strategy sees; all if omitted.
         """
         from tokenreduce.stream import TokenStream
@@ -305,11 +305,14 @@ class Grouping(NamedTuple):
         groups: ``(B, N)`` group of each token in [0, k), -1 for dropped ones.
         positions: ``(B, k)`` the token at whose place each group stands; its first member if None.
         weights: ``(B, N)`` weight of each token in its group's mean; its size if None.
+        scores: ``(B, N)`` how much each token deserved to stay, NaN for those that were not asked
+            about; None if tokens are not ranked. A stream hands them back with what it holds.
     """
 
     groups: Tensor
     positions: Tensor | None = None
     weights: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Merger(Reducer):
@@ -324,13 +327,14 @@ class Merger(Reducer):
         assigned = self.assign(tokens, k)
         grouping = assigned if isinstance(assigned, Grouping) else Grouping(assigned)
         _check_shape(self, "groups", grouping.groups, (tokens.batch, tokens.count))
-        return Reduction.from_groups(
+        merged = Reduction.from_groups(
             tokens,
             grouping.groups,
             k,
             positions=grouping.positions,
             weights=grouping.weights,
         )
+        return replace(merged, scores=grouping.scores)
 
 
 def _check_shape(reducer: Reducer, what: str, tensor: object, shape: tuple[int, ...]) -> None:

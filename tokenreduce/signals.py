@@ -123,5 +123,11 @@ def register_signals(register: Register) -> None:
             ("batch", "prompt", "channels"),
             "hidden states of each text token after the item, at the cut",
         ),
+        (
+            "former_scores",
+            ("batch", "tokens"),
+            "what the same strategy scored the tokens that a stream holds, NaN for new ones; no "
+            "strategy needs it",
+        ),
     ):
         register(name, dims=dims, meaning=meaning)

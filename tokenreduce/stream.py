@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,29 +18,32 @@ if TYPE_CHECKING:
     from tokenreduce.reducer import Reducer
 
 #: The least tokens that arrive before the stream is reduced again, unless a user says otherwise.
-WINDOW = 8192
+WINDOW = 16384
 
-#: Tokens that move at once, and channels that merge at once.
-TOKENS, CHANNELS = 128, 32
+#: Most channels, and the least part of all channels, that are merged at once.
+CHANNELS, PARTS = 32, 32
 
 
 class TokenStream:
     """Holds at most ``budget`` tokens of the frames fed so far, and a window of new ones.
 
     Frames are gathered until the window is full; then what is held and what is new are reduced
-    together to the budget, by the strategy itself, with sizes that say what each token stands for.
-    Up to ``budget + window`` tokens the result is that of the whole clip at once; beyond, the
-    strategy sees earlier frames through the tokens that it kept of them, as they arrived. What
-    merges into those is carried beside them, weighted as the strategy says. How frames are cut
-    into calls of :meth:`feed` does not matter.
+    together to the budget, by the strategy itself, with sizes that say what each token stands for
+    and with the scores that it gave to what is held. Up to ``budget`` tokens and three quarters of
+    the window the result is that of the whole clip at once; beyond, the strategy sees earlier
+    frames through the tokens that it kept of them, as they arrived. What merges into those is
+    carried beside them, weighted as the strategy says. How frames are cut into calls of
+    :meth:`feed` does not matter.
 
-    Memory: the budget and a window; and where the strategy merges, the budget again for what
-    merged.
+    Memory: never more than two budgets and the window, if that is at least three budgets, for what
+    is held, what merged into it, what is new, the result of :meth:`tokens`, and a quarter of the
+    window for the strategy's own work. A smaller window serves too: that result then comes on top.
+    What a large window leaves is shared by new tokens and by more tokens held than the budget.
 
     Args:
         reducer: the strategy; a budget of its own is replaced.
         budget: most tokens to hold.
-        window: tokens that arrive before they are reduced. If omitted, 8192, or the budget if that
+        window: tokens of memory for what is new. If omitted, 16,384, or three budgets if that
             is more, so that time stays in proportion to the tokens.
         channels: how many of the features' first channels the strategy sees; all if omitted. The
             others only go along, and merge alike: what else belongs to a token.
@@ -65,7 +68,7 @@ class TokenStream:
     ) -> None:
         if not Budget(keep=budget).keep:
             raise BudgetError(f"{reducer.name}: a stream holds at least one token.")
-        window = max(WINDOW, budget) if window is None else window
+        window = max(WINDOW, 3 * budget) if window is None else window
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise TokensError(f"window={window!r}: a window holds at least one token.")
         if reducer.needs:
@@ -82,12 +85,19 @@ class TokenStream:
         self.reducer = reducer.with_budget(keep=budget)
         self.budget, self.window, self._channels = budget, window, channels
         self.seen = self.frames = 0
-        self._held = 0
+        spare = window - window // 4
+        # What a large window has room for is held beyond the budget: what begins as a window ends
+        # shows its extent only in the next.
+        self._most = budget + max(0, spare - 2 * budget) // 4
+        # Rows in use: while nothing merged, and since.
+        self._rows = budget + spare, max(budget + spare, 2 * self._most + max(1, spare // 2))
+        # What is held and new begins at row 0, or, where what merged lies before it, at `_most`.
+        self._held = self._merged = 0
         self._features: Tensor | None = None
-        self._merged: Tensor | None = None
-        self._coords = torch.zeros(budget + window, 4, dtype=torch.long)
-        self._positions = torch.zeros(budget + window, dtype=torch.long)
-        self._sizes = torch.ones(budget + window)
+        self._coords = torch.zeros(self._rows[1], 4, dtype=torch.long)
+        self._positions = torch.zeros(self._rows[1], dtype=torch.long)
+        self._sizes = torch.ones(self._rows[1])
+        self._scores = torch.full(self._rows[1:], torch.nan)
 
     def feed(self, features: Tensor, grid: Sequence[int]) -> None:
         """Add the next frames.
@@ -108,17 +118,19 @@ class TokenStream:
         frame = len(layout) // (int(layout.coords[-1, 1]) + 1)
         done = 0
         while done < len(features):
-            room = len(space) - self._held
+            begin, end = self._begin, self._rows[self._merged > 0]
+            room = end - begin - self._held
             # A window ends with a frame, unless a frame is larger than a window.
-            fits = room if frame > self.window else room // frame * frame
+            fits = room if frame > end - begin - self._most else room // frame * frame
             count = min(fits, len(features) - done)
             if count == 0:
                 self._reduce()
                 continue
             new, given = slice(self._held, self._held + count), slice(done, done + count)
-            space[new] = features[given].detach()
+            space[begin:][new] = features[given].detach()
             self._coords[new], self._sizes[new] = coords[given], 1
             self._positions[new] = torch.arange(self.seen, self.seen + count)
+            self._scores[new] = torch.nan
             self._held, done, self.seen = self._held + count, done + count, self.seen + count
         self.frames += int(layout.coords[-1, 1]) + 1
 
@@ -131,31 +143,32 @@ class TokenStream:
             TokensError: if nothing was fed yet.
         """
         held = self._gathered()
-        reduction = self._choose(held)
-        if reduction is None:
-            features, sizes, layout = self._values(slice(None)).clone(), held.sizes, held.layout
-        else:
-            sizes, layout = (
-                reduction.group_sizes(held.sizes),
-                held.layout.select(reduction.positions[0]),
-            )
-            features = self._merge(reduction)
+        reduction = self._choose(held, self.budget)
+        count = self._held if reduction is None else reduction.kept
+        space = self._room()
+        features = space.new_empty(count, space.shape[1])
+        for channels in self._blocks():
+            features[:, channels] = self._outputs(channels, reduction)
+        sizes, layout = held.sizes.clone(), held.layout
+        if reduction is not None:
+            sizes = reduction.group_sizes(held.sizes)
+            layout = layout.select(reduction.positions[0])
         return VisualTokens(features[None], layout, sizes=sizes)
 
     def positions(self) -> Tensor:
         """``(M,)`` which of the tokens fed so far those of :meth:`tokens` stand at, ascending."""
-        reduction = self._choose(self._gathered())
+        reduction = self._choose(self._gathered(), self.budget)
         positions = self._positions[: self._held]
         return positions.clone() if reduction is None else positions[reduction.positions[0].cpu()]
 
-    def _choose(self, held: VisualTokens) -> Reduction | None:
-        """What the strategy makes of the tokens held; None while they are within the budget."""
-        if self._held <= self.budget:
+    def _choose(self, held: VisualTokens, most: int) -> Reduction | None:
+        """What the strategy makes of the tokens held; None if they are no more than ``most``."""
+        if self._held <= most:
             return None
-        reduction = self.reducer(held)
-        if reduction.kept > self.budget:
+        reduction = self.reducer.with_budget(keep=most)(held)
+        if reduction.kept > most:
             raise BudgetError(
-                f"{self.reducer.name} kept {reduction.kept} tokens, the stream holds {self.budget}:"
+                f"{self.reducer.name} kept {reduction.kept} tokens, the stream asked for {most}:"
                 " it does not meet a budget exactly. Use a strategy that does, such as lftr."
             )
         return reduction
@@ -163,52 +176,62 @@ class TokenStream:
     def _reduce(self) -> None:
         """Make room for a window."""
         held = self._gathered()
-        reduction = self._choose(held)
+        reduction = self._choose(held, self._most)
         if reduction is None:
             return
         kept, count = reduction.positions[0], reduction.kept
-        if self._merged is not None or not reduction.gathers:
-            self._merged = self._merge(reduction, into=self._merged)
-        sizes, left = reduction.group_sizes(held.sizes)[0], slice(count)
-        features = self._room()
-        for block in torch.arange(count).split(TOKENS):
-            # Tokens move towards the front, so none is overwritten before it moves.
-            features[block] = features[kept[block]]
-        self._coords[left] = self._coords[kept.cpu()]
-        self._positions[left] = self._positions[kept.cpu()]
-        self._sizes[left] = sizes.cpu()
-        self._held = count
+        merged = count if self._merged or not reduction.gathers else 0
+        left, rows = slice(count), kept.cpu()
+        self._sizes[left] = reduction.group_sizes(held.sizes)[0].cpu()
+        if reduction.scores is not None:
+            # Before features move: scores may be a view of them.
+            self._scores[: self._held] = reduction.scores[0].float().cpu()
+        for column in (self._coords, self._positions, self._scores):
+            column[left] = column[rows]
+        features, begin = self._room(), self._most if merged else 0
+        for channels in self._blocks():
+            own = self._arrived(channels)[kept]
+            if merged:
+                features[:merged, channels] = self._outputs(channels, reduction)
+            features[begin : begin + count, channels] = own
+        self._held, self._merged = count, merged
 
-    def _merge(self, reduction: Reduction, into: Tensor | None = None) -> Tensor:
-        """``(M, D)`` what is left, with all that merged into it, a few channels at a time."""
-        kept, space = reduction.positions[0], self._room()
-        channels = space.shape[1]
-        merged = into
-        if merged is None or len(merged) != len(kept):
-            merged = space.new_empty(len(kept), channels)
-        for start in range(0, channels, CHANNELS):
-            block = slice(start, start + CHANNELS)
-            values = self._values(block)
-            if reduction.weights is None:
-                merged[:, block] = values[kept]
-            else:
-                merged[:, block] = merge_tokens(values[None], reduction.weights, len(kept))[0]
-        return merged
+    def _outputs(self, channels: slice, reduction: Reduction | None) -> Tensor:
+        """Some channels of what a reduction leaves, with all that merged into it."""
+        values = self._arrived(channels)
+        if self._merged:
+            values = torch.cat([self._room()[: self._merged, channels], values[self._merged :]])
+        if reduction is None:
+            return values
+        if reduction.weights is None:
+            return values[reduction.positions[0]]
+        return merge_tokens(values[None], reduction.weights, reduction.kept)[0]
 
-    def _values(self, channels: slice) -> Tensor:
-        """Some channels of what is held, with all that merged into it."""
-        own = self._room()[: self._held, channels]
-        if self._merged is None:
-            return own
-        return torch.cat([self._merged[:, channels], own[len(self._merged) :]])
+    def _arrived(self, channels: slice) -> Tensor:
+        """Some channels of what is held and what is new, as it arrived."""
+        return self._room()[self._begin : self._begin + self._held, channels]
+
+    def _blocks(self) -> Iterator[slice]:
+        """The channels, a few at a time."""
+        count = self._room().shape[1]
+        width = min(CHANNELS, max(1, count // PARTS))
+        return (slice(start, start + width) for start in range(0, count, width))
+
+    @property
+    def _begin(self) -> int:
+        return self._most if self._merged else 0
 
     def _gathered(self) -> VisualTokens:
-        features = self._room()[None, : self._held, : self._channels]
+        features = self._arrived(slice(self._channels))[None]
+        signals = {}
+        if not bool(self._scores[: self._held].isnan().all()):
+            signals["former_scores"] = self._scores[None, : self._held].to(features.device)
         return VisualTokens(
             features,
             self._coords[: self._held],
             sizes=self._sizes[None, : self._held].to(features.device),
-            # What the strategy would make of tokens as they arrived is of no use: see `_merge`.
+            signals=signals,
+            # What the strategy would make of tokens as they arrived is of no use: see `_outputs`.
             values=features[..., :1],
         )
 
@@ -220,7 +243,7 @@ class TokenStream:
     def _space(self, features: Tensor) -> Tensor:
         """Room for the budget and a window."""
         if self._features is None:
-            self._features = features.new_empty(len(self._positions), features.shape[1])
+            self._features = features.new_empty(self._rows[1], features.shape[1])
         expected, given = (
             f"{t.shape[1]} channels of {t.dtype} on {t.device}" for t in (self._features, features)
         )

@@ -32,14 +32,17 @@ Algorithm, for N tokens and a budget of k:
        group has its largest difference from any). Groups of least significance go until k are
        left; their tokens join the nearest of these if redundant beside it, else they go too. Each
        group becomes the size-weighted mean of its tokens, at its representative's place.
-    In items of more than W = 4096 tokens, what step 1 leaves is linked instead of all compared with
-    each other; the first token of a run of links in time stands for it:
+    In items that stand for more than W = 4096 tokens, what step 1 leaves is linked instead of all
+    compared with each other; the first token of a run of links in time stands for it:
     2'. each token is linked to its most similar earlier token. Its *novelty* is their difference;
         it is redundant if that is at most ``redundant``.
     3'. the k tokens of largest novelty stay, each at its own place; where more than k tokens are
-        not redundant, the k of those whose size (of the chain of redundant tokens that leads to
-        it) times novelty times difference from the whole is largest. The others follow their links
-        to one that stays, and join its group if they are redundant beside it, else they go.
+        not redundant, the k of those whose size (of the tokens that redundant links lead to it from
+        and that are redundant beside it) times novelty times difference from the whole is largest.
+        The others follow their links to one that stays, and join its group if they are redundant
+        beside it, else they go.
+    In a stream, a token's novelty is the least that was found while it was held: what it was
+    compared with on its arrival may be gone.
 
 Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> ``(B, k, D)``. The
 count is exact for every layout. Protected tokens stand outside.
@@ -154,7 +157,9 @@ class LFTR(Merger):
 
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
         order, linked = (t.to(tokens.features.device) for t in tracks(tokens.layout))
-        one_by_one = bool(linked.any()) or tokens.count > RUN_TOKENS
+        long = _long(tokens.sizes)
+        one_by_one = bool(linked.any()) or long
+        former = tokens.signals.get("former_scores", tokens.sizes * torch.nan)
         # What remains after the temporal step differs between clips.
         step = 1 if one_by_one else max(1, RUN_TOKENS**2 // tokens.count**2)
         parts = []
@@ -162,16 +167,23 @@ class LFTR(Merger):
             features = tokens.features[start : start + step].detach()
             sizes = tokens.sizes[start : start + step].float()
             if one_by_one:
-                parts.append(self._item(features[0], sizes, order, linked, k))
+                parts.append(self._item(features[0], sizes, former[start], order, linked, k))
             else:
                 unit = directions(features)
-                parts.append(self._run(unit, sizes, *_whole(unit, sizes), k))
-        groups, positions = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Grouping(groups, positions=positions)
+                groups, positions = self._run(unit, sizes, *_whole(unit, sizes), k)
+                parts.append((groups, positions, former[start : start + step]))
+        groups, positions, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Grouping(groups, positions=positions, scores=scores if long else None)
 
     def _item(
-        self, features: Tensor, sizes: Tensor, order: Tensor, linked: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        features: Tensor,
+        sizes: Tensor,
+        former: Tensor,
+        order: Tensor,
+        linked: Tensor,
+        k: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All three steps for one item ``(N, D)`` with sizes ``(1, N)``; see :func:`.tracks`."""
         mean, n = mean_direction(features, sizes), order.numel()
         spread = _spread(mean)
@@ -184,28 +196,41 @@ class LFTR(Merger):
         tube = tube[None]
         count = heads.numel()
         weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube, sizes)
-        if n > RUN_TOKENS:
-            groups, positions = self._link(features, heads, weight[0], mean, k)
+        scores = former[None].clone()
+        if _long(sizes):
+            groups, positions = self._link(features, heads, weight[0], mean, scores[0], k)
         else:
             merge = group_weights(tube, sizes, count)
             unit = directions(merge_tokens(features[None], merge, count, dtype=torch.float32))
             groups, positions = self._run(unit, weight, *_whole(unit, weight), k)
-        return groups.gather(1, tube), heads[positions]
+        return groups.gather(1, tube), heads[positions], scores
 
     def _link(
-        self, features: Tensor, heads: Tensor, sizes: Tensor, mean: Tensor, k: int
+        self,
+        features: Tensor,
+        heads: Tensor,
+        sizes: Tensor,
+        mean: Tensor,
+        scores: Tensor,
+        k: int,
     ) -> tuple[Tensor, Tensor]:
-        """Steps 2' and 3' for the tokens at ``heads`` ``(n,)``, with ``sizes`` ``(n,)``."""
+        """Steps 2' and 3' for the tokens at ``heads`` ``(n,)``, with ``sizes`` ``(n,)``.
+
+        Their distances to the nearest earlier token are noted in ``scores`` ``(N,)``.
+        """
         spread = _spread(mean)
         cosine, link = nearest_earlier(features, heads, backend=self.neighbors)
         cosine[0], link[0] = -1, 0
+        cosine = cosine.fmax(1 - DISTANCE_NOISE - scores[heads])
+        scores[heads] = cosine_distance(cosine)
         own = torch.arange(len(heads), device=heads.device)
-        novelty = cosine_distance(cosine) / spread
+        novelty = scores[heads] / spread
         redundant = cosine >= _least(spread, self.redundant)
         score, scale = novelty, 1 / spread
         if int((~redundant).sum()) > k:
             group = follow_links(torch.where(redundant, link, own))
-            size = torch.zeros_like(novelty).scatter_add(0, group, sizes)
+            beside = between(features, heads, heads[group]) >= _least(spread, self.redundant)
+            size = torch.zeros_like(novelty).scatter_add(0, group, sizes * (beside | ~redundant))
             unlike = cosine_distance(cosine_to(features, heads, mean[0])) / spread
             score = size * novelty * unlike
             score, scale = score.masked_fill(redundant, -torch.inf), size.amax() / spread
@@ -268,6 +293,11 @@ class LFTR(Merger):
         group = group.masked_fill(nearest < _least(spread, self.redundant)[:, None], DROPPED)
         own = torch.arange(picks.shape[1], device=picks.device)
         return group.scatter_reduce(1, picks, own.expand_as(picks), "amin", include_self=False)
+
+
+def _long(sizes: Tensor) -> bool:
+    """Whether items, of tokens of sizes ``(B, N)``, stand for more than W tokens."""
+    return sizes.shape[1] > RUN_TOKENS or bool((sizes.sum(1) > RUN_TOKENS).any())
 
 
 def _whole(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -305,7 +305,9 @@ def long_oracle(features, frames, k, still=0.25, redundant=0.2):
     if len(alone) > k:
         size = dict.fromkeys(alone, 0)
         for h in heads:
-            size[end(h, alone)] += extent[h]
+            last = end(h, alone)
+            if h == last or d(h, last) <= redundant:
+                size[last] += extent[h]
         score = {h: size[h] * novelty[h] * (1 - u[h] @ m) / scale for h in alone}
     kept = sorted(sorted(score, key=lambda h: (-score[h], h))[:k])
     groups = {h: [] for h in kept}
@@ -392,3 +394,23 @@ def test_a_stream_keeps_what_the_batch_keeps(monkeypatch):
     assert len(shared) >= 0.7 * 180
     kept = int((batch.assignment >= 0).sum())
     assert float(stream.tokens().sizes.sum()) >= 0.9 * kept
+
+
+def test_few_tokens_that_stand_for_many_are_linked(monkeypatch):
+    monkeypatch.setattr(module, "RUN_TOKENS", 64)
+    features = structured(1, 40, channels=16, clusters=20, noise=0.3, seed=9)
+    reducer, coords = LFTR(keep=10, neighbors="torch"), Layout.from_grid((5, 8))
+    assert reducer(VisualTokens(features[None], coords)).scores is None
+    many = VisualTokens(features[None], coords, sizes=torch.full((1, 40), 2.0))
+    scores = reducer(many).scores
+    assert not bool(scores.isnan().any())
+    # What is remembered of a token counts, where it is less than what is found now.
+    known = VisualTokens(
+        features[None],
+        coords,
+        sizes=many.sizes,
+        signals={"former_scores": torch.where(torch.arange(40) < 20, 0.5 * scores, torch.nan)},
+    )
+    again = reducer(known).scores
+    torch.testing.assert_close(again[:, :20], 0.5 * scores[:, :20], rtol=1e-3, atol=1e-5)
+    assert again[:, 20:].equal(scores[:, 20:])
