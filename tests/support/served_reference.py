@@ -120,7 +120,9 @@ class Reference:
         embeddings = seen["inputs_embeds"]
         stays = torch.ones(embeddings.shape[1], dtype=torch.bool)
         positions, following = self._positions(asked, inputs, seen, stays)
-        return self._generate(embeddings, positions, following, ~stays, [])
+        deep = seen.get("deepstack_visual_embeds")
+        visual = seen["visual_pos_masks"][0] if deep else ~stays
+        return self._generate(embeddings, positions, following, visual, deep)
 
     def layouts(self, inputs: Any, tokens: int) -> list[Layout]:
         """Where the tokens of each part of an item lie that is reduced by itself."""
