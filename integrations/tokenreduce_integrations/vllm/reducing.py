@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -10,14 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenreduce.errors import ReductionError
+from tokenreduce.errors import ReductionError, TokenReduceError
 from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
+from tokenreduce.tokens import VisualTokens
 from tokenreduce_integrations.vllm.items import ServedItem
 from tokenreduce_integrations.vllm.settings import ServedStage
 from tokenreduce_integrations.vllm.shapes import Shape
+
+#: Below that of vLLM, whose handlers show it.
+_LOG = logging.getLogger("vllm.tokenreduce")
 
 
 class Kept(NamedTuple):
@@ -60,8 +65,7 @@ def reduce_items(
         channels: how many of the channels strategies see; the others are reduced alike.
 
     Raises:
-        ReductionError: if the encoder gave other tokens than the processor counted, or a strategy
-            keeps another number than it promised.
+        ReductionError: if the encoder gave other tokens than the processor counted.
     """
     per_item = [
         _parts(feature, item, {name: each[index] for name, each in signals.items()})
@@ -105,18 +109,51 @@ def _reduce_parts(parts: Sequence[_Part], channels: int | None) -> list[Reductio
     outcomes: list[Reduction | None] = [None] * len(parts)
     for given, members in groups.items():
         reducer = _prepared(given, parts[0].features.device, parts[0].features.dtype)
-        packed = _packed([parts[index] for index in members], reducer, channels)
-        reductions = reduce_packed(packed, [reducer] * len(members))
+        reductions = _reduced([parts[index] for index in members], reducer, channels)
         for index, reduction in zip(members, reductions, strict=True):
-            part = parts[index]
+            outcomes[index] = reduction
+    return outcomes
+
+
+def _reduced(parts: Sequence[_Part], reducer: Reducer, channels: int | None) -> Sequence[Reduction]:
+    """Each part reduced; evenly spaced tokens of one that cannot be, which the log tells.
+
+    Whatever raises in a worker ends the engine, and with it the requests of everyone else.
+    """
+    packed = _packed(parts, reducer, channels)
+    try:
+        reductions = reduce_packed(packed, [reducer] * len(parts))
+        for reduction, part in zip(reductions, parts, strict=True):
             if reduction.kept != part.kept:
                 raise ReductionError(
                     f"strategy {reducer.name!r} kept {reduction.kept} of {len(part.shape)} "
                     f"tokens, and the prompt has places for {part.kept}: its count does not "
                     "follow from budget and layout, as it is registered to."
                 )
-            outcomes[index] = reduction
-    return outcomes
+    except TokenReduceError as error:
+        if len(parts) > 1:
+            return [_reduced([part], reducer, channels)[0] for part in parts]
+        _LOG.error(
+            "%s could not choose among the %d tokens of an item, of which %d evenly spaced ones "
+            "stay instead: %s",
+            reducer.name,
+            len(parts[0].shape),
+            parts[0].kept,
+            error,
+        )
+        return [_evenly_spaced(packed.bucket([0]), parts[0].kept)]
+    return reductions
+
+
+def _evenly_spaced(tokens: VisualTokens, kept: int) -> Reduction:
+    """Protected tokens, and others at even distances."""
+    free = tokens.layout.free
+    places = kept - tokens.layout.protected_count
+    chosen = free[torch.arange(places) * len(free) // max(1, places)]
+    guarded = tokens.layout.protected.nonzero().squeeze(1)
+    return Reduction.from_kept(
+        tokens, torch.cat([chosen, guarded])[None].to(tokens.features.device)
+    )
 
 
 def _packed(parts: Sequence[_Part], reducer: Reducer, channels: int | None) -> PackedTokens:

@@ -120,6 +120,35 @@ def test_an_encoder_that_gives_other_tokens_is_an_error() -> None:
         reduce_items([features(0, 15)], [item], {})
 
 
+def test_an_item_that_cannot_be_reduced_takes_no_other_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shape = Shape(blocks=(Block(rows=4, columns=4, newlines="rows"),))
+    items = [ServedItem(shape=shape, stage=STAGE)] * 2
+    good, bad = features(0, 20), features(1, 20)
+    bad[3, 5] = torch.inf
+    (expected,) = reduce_items([good], items[:1], {})
+    outcome, spread = reduce_items([good, bad], items, {})
+    assert torch.equal(outcome.features, expected.features)
+    newlines = [4, 9, 14, 19]
+    assert spread.positions.tolist() == sorted([0, 5, 10, 15, *newlines])
+    assert torch.equal(spread.features, bad[spread.positions])
+    [record] = caplog.records
+    assert "NaN or infinity" in record.getMessage()
+    assert "divprune could not choose among the 20 tokens" in record.getMessage()
+
+
+def test_an_option_that_does_not_suit_the_model_ends_no_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stage = STAGE.for_request({"strategy": "visionzip", "key_heads": 7})
+    item = ServedItem(shape=Shape.grid(1, 4, 4), stage=stage)
+    signals = {"class_attention": [torch.rand(16)], "keys": [features(2, 16)]}
+    (outcome,) = reduce_items([features(0, 16)], [item], signals)
+    assert outcome.positions.tolist() == [0, 4, 8, 12]
+    assert "key_heads=7" in caplog.text
+
+
 def test_registered_strategies_keep_what_the_prompt_has_places_for() -> None:
     shape = Shape.grid(2, 4, 6)
     tried = 0
