@@ -23,6 +23,7 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
     PlaceholderRange,
 )
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from tokenreduce_integrations.vllm import mrope
 from tokenreduce_integrations.vllm.families import FAMILIES, Family
@@ -60,16 +61,18 @@ class Reducing:
         with self._signals.catching(wanted, kwargs):
             encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         features = [each.reshape(-1, each.shape[-1]) for each in encoded]
-        signals = self._signals.read(items, kwargs)
-        if "prompt_embeddings" in wanted:
-            signals["prompt_embeddings"] = [self._query_embeddings(item) for item in items]
-        width = self.config.get_text_config().hidden_size
-        wider = bool(features) and features[0].shape[-1] > width
-        kept = reduce_items(features, items, signals, channels=width if wider else None)
-        return tuple(
-            self._rows(each, item, kwargs, index)
-            for index, (each, item) in enumerate(zip(kept, items, strict=True))
-        )
+        # Strategies ask the device for answers, which vLLM may be told to report.
+        with gpu_sync_allowed():
+            signals = self._signals.read(items, kwargs)
+            if "prompt_embeddings" in wanted:
+                signals["prompt_embeddings"] = [self._query_embeddings(item) for item in items]
+            width = self.config.get_text_config().hidden_size
+            wider = bool(features) and features[0].shape[-1] > width
+            kept = reduce_items(features, items, signals, channels=width if wider else None)
+            return tuple(
+                self._rows(each, item, kwargs, index)
+                for index, (each, item) in enumerate(zip(kept, items, strict=True))
+            )
 
     def _query_embeddings(self, item: ServedItem) -> Tensor:
         """``(P, D)`` text embeddings of an item's query, as the LLM reads text."""
@@ -193,18 +196,21 @@ class ReducingMRope(Reducing):
         known = self._waiting.get(mrope_positions)
         waiting, delta = known if known is not None else (mrope_positions, None)
         positions, features = mrope_positions, []
-        if len(multimodal_embeddings):
-            parts = [mrope.without_positions(rows) for rows in multimodal_embeddings]
-            features = [part for part, _ in parts]
-            values = torch.cat([value for _, value in parts]).to(mrope_positions.device)
-            ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-            visual = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
-            columns = visual[num_computed_tokens:].nonzero()[: len(values), 0] + num_computed_tokens
-            positions = mrope.settled_positions(positions, waiting, columns, values[:, :3])
-            if delta is None and int(columns[-1]) == length - 1:
-                delta = int(waiting[0, -1] + values[-1, 3]) - length
-        if delta is None:
-            delta = int(waiting[:, -1].max()) + 1 - length
+        with gpu_sync_allowed():
+            if len(multimodal_embeddings):
+                parts = [mrope.without_positions(rows) for rows in multimodal_embeddings]
+                features = [part for part, _ in parts]
+                values = torch.cat([value for _, value in parts]).to(mrope_positions.device)
+                ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+                visual = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+                columns = (
+                    visual[num_computed_tokens:].nonzero()[: len(values), 0] + num_computed_tokens
+                )
+                positions = mrope.settled_positions(positions, waiting, columns, values[:, :3])
+                if delta is None and int(columns[-1]) == length - 1:
+                    delta = int(waiting[0, -1] + values[-1, 3]) - length
+            if delta is None:
+                delta = int(waiting[:, -1].max()) + 1 - length
         return features, positions, delta
 
 

@@ -43,6 +43,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "hf_processor_mm_kwargs",
         "out_mm_kwargs",
     ),
+    f"{PROCESSOR}:BaseMultiModalProcessor._get_cache_missing_processor_kwargs": (
+        "inputs",
+        "mm_is_cached",
+    ),
     f"{PROCESSOR}:BaseMultiModalProcessor.get_dummy_inputs": (
         "seq_len",
         "mm_counts",
@@ -53,6 +57,30 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "info",
         "dummy_inputs",
     ),
+    **{
+        f"model_executor.models.{owner}._get_num_unpadded_features": (
+            "original_height",
+            "original_width",
+            "npatches",
+            "num_patch_height",
+            "num_patch_width",
+        )
+        for owner in (
+            "llava_next:LlavaNextProcessingInfo",
+            "llava_onevision:LlavaOnevisionProcessingInfo",
+        )
+    },
+    "model_executor.models.llava_next:LlavaNextForConditionalGeneration"
+    "._merge_image_patch_embeddings": ("image_size", "patch_embeddings", "strategy"),
+    "model_executor.models.llava_onevision:LlavaOnevisionForConditionalGeneration"
+    "._merge_image_patch_embeddings": (
+        "image_size",
+        "patch_embeddings",
+        "image_newline",
+        "vision_aspect_ratio",
+        "strategy",
+    ),
+    "model_executor.models.internvl:InternVLChatModel.pixel_shuffle": ("x", "scale_factor"),
     "model_executor.models.interfaces:SupportsMRoPE.get_mrope_input_positions": (
         "input_tokens",
         "mm_features",
@@ -68,6 +96,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "model_config",
     ),
     "config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled": (),
+    "utils.gpu_sync_debug:gpu_sync_allowed": ("first_only",),
 }
 
 #: Fields that are read or set.
@@ -81,6 +110,7 @@ FIELDS: dict[str, set[str]] = {
     "multimodal.inputs:MultiModalBatchedField": set(),
     "multimodal.inputs:PlaceholderRange": {"offset", "length"},
     "config.multimodal:MultiModalConfig": {"video_pruning_rate", "mm_encoder_tp_mode"},
+    "config.compilation:CompilationConfig": {"compile_mm_encoder"},
     "config.parallel:ParallelConfig": {"worker_cls", "pipeline_parallel_size"},
     "v1.worker.encoder_cudagraph_defs:EncoderCudaGraphConfig": {"modalities"},
 }
