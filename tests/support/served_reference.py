@@ -102,7 +102,7 @@ class Reference:
             stays[places] = True
             for whole in carried:
                 whole[places] = reduction.apply(whole[None, mine])[0]
-        positions, following = self._positions(asked, inputs, seen, stays)
+        positions, following = self._positions(inputs, seen, stays)
         visual = torch.zeros(len(ids), dtype=torch.bool)
         visual[columns] = True
         deep = [whole[visual & stays] for whole in carried[1:]]
@@ -118,10 +118,16 @@ class Reference:
         with tr.attach(self.model, reducer, processor=self.processor):
             seen = self._called_with(inputs)
         embeddings = seen["inputs_embeds"]
-        stays = torch.ones(embeddings.shape[1], dtype=torch.bool)
-        positions, following = self._positions(asked, inputs, seen, stays)
+        length = embeddings.shape[1]
+        positions = seen["position_ids"][-3:] if self.mrope else torch.arange(length)[None]
+        if self._is_paced(inputs):
+            ids = inputs["input_ids"][0]
+            behind = len(ids) - int((ids == VIDEO).nonzero()[-1]) - 1
+            positions = positions.clone()
+            positions[..., -behind:] = self._paced_positions(inputs)[..., -behind:]
+        following = int(positions[..., -1].max()) + 1
         deep = seen.get("deepstack_visual_embeds")
-        visual = seen["visual_pos_masks"][0] if deep else ~stays
+        visual = seen["visual_pos_masks"][0] if deep else torch.zeros(length, dtype=torch.bool)
         return self._generate(embeddings, positions, following, visual, deep)
 
     def layouts(self, inputs: Any, tokens: int) -> list[Layout]:
@@ -158,18 +164,21 @@ class Reference:
         handle.remove()
         return caught
 
-    def _positions(
-        self, asked: dict[str, Any], inputs: Any, seen: dict[str, Any], stays: Tensor
-    ) -> tuple[Tensor, int]:
+    def _positions(self, inputs: Any, seen: dict[str, Any], stays: Tensor) -> tuple[Tensor, int]:
         """Positions of the columns that stay, and that of the next token."""
         if not self.mrope:
             # The engine counts the tokens of the prompt that it sees.
             left = int(stays.sum())
             return torch.arange(left)[None], left
         positions = seen["position_ids"][-3:]
-        if self.name == "qwen2.5-vl" and "video" in asked["multi_modal_data"]:
+        if self._is_paced(inputs):
             positions = self._paced_positions(inputs)
         return positions[..., stays], int(positions[..., -1].max()) + 1
+
+    def _is_paced(self, inputs: Any) -> bool:
+        """Whether transformers goes on with text elsewhere than vLLM: behind clips of Qwen2.5-VL,
+        not reduced either."""
+        return self.name == "qwen2.5-vl" and "video_grid_thw" in inputs
 
     def _paced_positions(self, inputs: Any) -> Tensor:
         """``(3, 1, S)`` positions by the rule of Qwen2.5-VL: frames at the pace of their time, text
