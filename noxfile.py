@@ -67,6 +67,6 @@ def vllm(session: nox.Session) -> None:
         packages = Path(str(session.run("python", "-c", where, silent=True)).strip())
         shutil.copy(shim, packages)
         (packages / f"{shim.stem}.pth").write_text(f"import {shim.stem}\n", encoding="utf-8")
-    tests = "tests/integrations/vllm"
+    tests = ["tests/integrations/vllm", "tests/benchmarks/test_serving.py"]
     offline = {"HF_HUB_OFFLINE": "1"}
-    session.run("python", "-m", "pytest", "-q", "-m", "vllm", tests, *session.posargs, env=offline)
+    session.run("python", "-m", "pytest", "-q", "-m", "vllm", *tests, *session.posargs, env=offline)

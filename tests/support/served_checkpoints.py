@@ -362,18 +362,19 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def save(name: str, folder: Path) -> Path:
+def save(name: str, folder: Path, config: Any = None) -> Path:
     """Write the checkpoint of a family.
 
     Args:
         name: a key of ``FAMILIES``.
         folder: where to; made if it is not there.
+        config: in place of the family's own configuration, one of other sizes.
 
     Returns:
         The folder, which ``LLM(model=...)`` and ``from_pretrained`` read.
     """
     family = FAMILIES[name]
-    config = family.config()
+    config = family.config() if config is None else config
     model_class = transformers.AutoModelForImageTextToText._model_mapping[type(config)]
     model = lively(model_class(config))
     config.architectures = [model_class.__name__]

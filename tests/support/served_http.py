@@ -47,9 +47,17 @@ class Server:
     @property
     def resident(self) -> int:
         """Bytes of memory that its processes hold."""
+        return sum(process.memory_info().rss for process in self._processes())
+
+    @property
+    def processor_seconds(self) -> float:
+        """Time that its processes have spent on processors."""
+        times = [process.cpu_times() for process in self._processes()]
+        return sum(each.user + each.system for each in times)
+
+    def _processes(self) -> list[psutil.Process]:
         first = psutil.Process(self.process.pid)
-        family = [first, *first.children(recursive=True)]
-        return sum(process.memory_info().rss for process in family)
+        return [first, *first.children(recursive=True)]
 
     def metric(self, name: str) -> float:
         """A gauge or counter that the server publishes, over all its labels."""
