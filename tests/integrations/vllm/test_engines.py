@@ -81,13 +81,17 @@ def test_prompts_shrink_as_computed(served: Served) -> None:
         assert answer.prompt_tokens == plain.prompt_tokens - dropped
 
 
+@pytest.mark.parametrize("reduction", [2, 4])
 @pytest.mark.parametrize("strategy", ["divprune", "tome"])
-def test_reduced_prompts_are_answered_as_by_transformers(served: Served, strategy: str) -> None:
+def test_reduced_prompts_are_answered_as_by_transformers(
+    served: Served, strategy: str, reduction: int
+) -> None:
     reference = Reference(served.folder, served.name)
-    reducer = tr.create_strategy(strategy, reduction=2)
+    reducer = tr.create_strategy(strategy, reduction=reduction)
     asked = requests(served.name)
     expected = [reference.answer(each, reducer) for each in asked]
-    same(answers(served.llm, asked, strategy=strategy, reduction=2), expected, tolerance=2e-4)
+    given = answers(served.llm, asked, strategy=strategy, reduction=reduction)
+    same(given, expected, tolerance=2e-4)
 
 
 @pytest.mark.parametrize(
