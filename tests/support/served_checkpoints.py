@@ -225,17 +225,21 @@ def _internvl_processor(tokens: Any, template: str) -> Any:
     )
 
 
+#: How Qwen's encoders cut and merge patches.
+PACKED = {"num_heads": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+#: The widths of those after the first.
+LATER = {**PACKED, "depth": 3, "hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 96}
+
+
 def _qwen2_vl_config() -> Any:
     return transformers.Qwen2VLConfig(
         vision_config={
+            **PACKED,
             "depth": 2,
             "embed_dim": 64,
             "hidden_size": 128,
-            "num_heads": 4,
             "mlp_ratio": 2,
             "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
         },
         text_config={**TEXT, "rope_parameters": ROPE},
         **QWEN_TOKENS,
@@ -245,14 +249,8 @@ def _qwen2_vl_config() -> Any:
 def _qwen2_5_vl_config() -> Any:
     return transformers.Qwen2_5_VLConfig(
         vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "out_hidden_size": 128,
-            "num_heads": 4,
-            "intermediate_size": 96,
+            **LATER,
             "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "window_size": 112,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
@@ -265,14 +263,8 @@ def _qwen2_5_vl_config() -> Any:
 def _qwen3_vl_config() -> Any:
     return transformers.Qwen3VLConfig(
         vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "out_hidden_size": 128,
-            "num_heads": 4,
-            "intermediate_size": 96,
+            **LATER,
             "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "num_position_embeddings": 256,
             "deepstack_visual_indexes": [0, 1],
         },

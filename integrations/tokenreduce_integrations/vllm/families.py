@@ -47,6 +47,10 @@ class Processed:
     fields: Mapping[str, Any]
     tokens: int
 
+    def shape_or_line(self, shape: Shape) -> Shape:
+        """The shape if it has as many tokens as the item, else one that tells only their number."""
+        return shape if len(shape) == self.tokens else Shape.line(self.tokens)
+
 
 #: Where the tokens of a processed item lie.
 ShapeOf = Callable[[Processed], Shape]
@@ -180,7 +184,7 @@ def whole_picture(processed: Processed) -> Shape:
     picture = Shape.grid(1, side, side)
     if processed.tokens == len(picture) + 1:
         return Shape(blocks=picture.blocks, class_token=True)
-    return picture if len(picture) == processed.tokens else Shape.line(processed.tokens)
+    return processed.shape_or_line(picture)
 
 
 def mosaic(processed: Processed) -> Shape:
@@ -207,8 +211,7 @@ def mosaic(processed: Processed) -> Shape:
         num_patch_width=across,
     )
     tiles = Block(rows=rows, columns=cells // rows, newlines="rows")
-    shape = Shape(blocks=(thumbnail, tiles))
-    return shape if len(shape) == processed.tokens else Shape.line(processed.tokens)
+    return processed.shape_or_line(Shape(blocks=(thumbnail, tiles)))
 
 
 def pooled_frames(processed: Processed) -> Shape:
@@ -218,7 +221,7 @@ def pooled_frames(processed: Processed) -> Shape:
     frames = len(processed.fields["pixel_values_videos"].data)
     side = math.isqrt(processed.tokens // frames)
     clip = Block(frames=frames, rows=side, columns=side, newlines="end")
-    return Shape(blocks=(clip,)) if len(clip) == processed.tokens else Shape.line(processed.tokens)
+    return processed.shape_or_line(Shape(blocks=(clip,)))
 
 
 def square_tiles(processed: Processed) -> Shape:
@@ -244,9 +247,7 @@ def merged_patches(modality: str) -> ShapeOf:
     def shape_of(processed: Processed) -> Shape:
         merge = processed.info.get_hf_config().vision_config.spatial_merge_size
         frames, rows, columns = processed.fields[f"{modality}_grid_thw"].data.tolist()
-        grid = (frames, rows // merge, columns // merge)
-        fits = math.prod(grid) == processed.tokens
-        return Shape.grid(*grid) if fits else Shape.line(processed.tokens)
+        return processed.shape_or_line(Shape.grid(frames, rows // merge, columns // merge))
 
     return shape_of
 
@@ -313,6 +314,12 @@ def patches_a_token(config: Any) -> int:
     return int(round(1 / config.downsample_ratio) ** 2)
 
 
+def packed_grids(arguments: Mapping[str, Any]) -> list[list[int]]:
+    """(frames, rows, columns) in patches of each item of an encoding call (Qwen-VL)."""
+    grids = arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
+    return [] if grids is None else torch.as_tensor(grids).tolist()
+
+
 def merged(
     model: Any, signal: Tensor, shapes: Sequence[Shape], arguments: Mapping[str, Any]
 ) -> list[Tensor]:
@@ -320,8 +327,7 @@ def merged(
     tower = model.visual
     tokens = signal[0].unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
     if hasattr(tower, "get_window_index"):
-        grids = arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
-        plan = tower.prepare_encoder_metadata(grids.tolist())
+        plan = tower.prepare_encoder_metadata(packed_grids(arguments))
         tokens = tokens[plan["reverse_indices"]]
     return list(tokens.split([len(shape) for shape in shapes]))
 

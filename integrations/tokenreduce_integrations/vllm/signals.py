@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenreduce.errors import MissingSignal, UnsupportedModel
 from tokenreduce_integrations.transformers.probes.attention import SIGNALS
 from tokenreduce_integrations.transformers.probes.towers import SHALLOW
-from tokenreduce_integrations.vllm.families import ENCODED, Family
+from tokenreduce_integrations.vllm.families import ENCODED, Family, packed_grids
 from tokenreduce_integrations.vllm.items import ServedItem
 
 _MEANS_OVER_HEADS = frozenset({"class_attention", "shallow_class_attention", "received_attention"})
@@ -149,9 +149,8 @@ class TowerSignals:
 
 def _frame_patches(arguments: Mapping[str, Any]) -> list[int]:
     """Patches of each picture and frame: what attends to itself."""
-    grids = arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
-    rows = [] if grids is None else torch.as_tensor(grids).tolist()
-    return [height * width for frames, height, width in rows for _ in range(frames)]
+    grids = packed_grids(arguments)
+    return [rows * columns for frames, rows, columns in grids for _ in range(frames)]
 
 
 def _attention(layer: nn.Module) -> tuple[Any, Any]:
