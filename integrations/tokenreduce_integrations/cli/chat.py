@@ -120,9 +120,26 @@ def encode(
             count = len(media.frames)
             times = {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
             settings["video_metadata"] = [times]
+    width, height = media.frames[0].size
+    what = f"this {media.modality} of {width} x {height} pixels and {len(media.frames)} frames"
+    return dict(templated(processor, conversation, what, **settings).to(device))
+
+
+def templated(processor: Any, conversations: Any, what: str, **settings: Any) -> Any:
+    """What a processor's chat template makes of one conversation or several.
+
+    Args:
+        processor: the model's, with a chat template.
+        conversations: with their pictures or clips.
+        what: they are, for the error.
+        **settings: of the processor.
+
+    Raises:
+        MediaError: if the processor cannot take them.
+    """
     try:
-        inputs = processor.apply_chat_template(
-            conversation,
+        return processor.apply_chat_template(
+            conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -130,12 +147,7 @@ def encode(
             processor_kwargs=settings,
         )
     except (ValueError, IndexError) as error:
-        width, height = media.frames[0].size
-        raise MediaError(
-            f"{type(processor).__name__} cannot take this {media.modality} of {width} x {height} "
-            f"pixels and {len(media.frames)} frames: {error}"
-        ) from error
-    return dict(inputs.to(device))
+        raise MediaError(f"{type(processor).__name__} cannot take {what}: {error}") from error
 
 
 def _conversation(processor: Any, modality: str, shown: Any, question: str) -> list[dict[str, Any]]:

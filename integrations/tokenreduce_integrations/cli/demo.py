@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -63,6 +63,7 @@ def demo(
     Runs in seconds on a CPU and needs no download: a tiny multimodal LLM ships with the package.
     """
     import tokenreduce
+    from tokenreduce.testing.cost import one_thread
     from tokenreduce_integrations.cli import chat
     from tokenreduce_integrations.testbed.models import load
 
@@ -74,7 +75,8 @@ def demo(
         chat.encode(processor, chat.Media("image", (image,)), question.text, model.device)
         for question in questions
     ]
-    with _one_thread(), tokenreduce.attach(model, reducer, processor=processor) as attachment:
+    # Threads that wait for each other cost more than they save on a model this small.
+    with one_thread(), tokenreduce.attach(model, reducer, processor=processor) as attachment:
         settings, pictures = [], []
         times = _prefill_times(model, attachment, prompts[0])
         for reduction in REDUCTIONS:
@@ -117,19 +119,6 @@ def pose(seed: int) -> tuple[Image.Image, list[Question]]:
         questions = generator.questions(scene, count=QUESTIONS, types=types)
         if len(questions) == QUESTIONS:
             return Image.fromarray(scene.image), questions
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than they save on a model this small."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _budget(attachment: Attachment, reduction: int) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from tokenreduce.attachment import Attachment
 from tokenreduce.errors import MediaError, PipelineError
 from tokenreduce.receipt import ItemReceipt, Receipt
 from tokenreduce_integrations.accounting.timing import Times, clocked
-from tokenreduce_integrations.cli.chat import Media
+from tokenreduce_integrations.cli.chat import Media, templated
 from tokenreduce_integrations.evaluation.data import Sample
 from tokenreduce_integrations.evaluation.schema import PARTS
 
@@ -110,20 +110,8 @@ def encode_batch(processor: Any, samples: Sequence[Sample], device: torch.device
     if samples[0].modality == "video" and getattr(processor, "video_processor", None) is None:
         raise MediaError(f"this model takes no clips ({type(processor).__name__}).")
     conversations = [_conversation(sample.read(), sample.question) for sample in samples]
-    try:
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-    except (ValueError, IndexError) as error:
-        raise MediaError(
-            f"{type(processor).__name__} cannot take the questions {samples[0].id} to "
-            f"{samples[-1].id}: {error}"
-        ) from error
+    what = f"the questions {samples[0].id} to {samples[-1].id}"
+    inputs = templated(processor, conversations, what, padding=True)
     return dict(inputs.to(device))
 
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from tokenreduce.attachment import Attachment
 from tokenreduce.errors import MediaError, PipelineError, StageNotEngaged
-from tokenreduce_integrations.cli.chat import open_media, open_video_file
+from tokenreduce_integrations.cli.chat import open_media, open_video_file, templated
 from tokenreduce_integrations.evaluation.answering import prepared, receipts_of
 
 #: ``[{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", ...}]}, ...]``
@@ -179,19 +179,7 @@ class PipelineModel:
             ]
             for conversation in conversations
         ]
-        try:
-            inputs = self.processor.apply_chat_template(
-                shown,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-        except (ValueError, IndexError) as error:
-            raise MediaError(
-                f"{type(self.processor).__name__} cannot take these pictures or clips: {error}"
-            ) from error
+        inputs = templated(self.processor, shown, "these pictures or clips", padding=True)
         return dict(inputs.to(self.model.device))
 
     def _opened(self, part: Mapping[str, Any]) -> dict[str, Any]:
