@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from tokenreduce.errors import ServingError
+from tokenreduce.errors import ServingError, TokenReduceError
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import Reducer
 from tokenreduce.tokens import Layout, VisualTokens
@@ -20,6 +20,7 @@ from tokenreduce.wrappers import Chain, GroupWise
 #: Channels of the stand-ins: a multiple of the usual numbers of attention heads.
 _CHANNELS = 960
 _WORDS = 4
+_REHEARSED = {"image": (24, 24), "video": (4, 12, 12)}
 
 
 def reason_uncountable(reducer: Reducer) -> str:
@@ -108,12 +109,47 @@ def _tried(reducer: Reducer, tokens: int, coords: bytes, protected: bytes) -> in
         torch.frombuffer(bytearray(coords), dtype=torch.long).view(tokens, 4),
         torch.frombuffer(bytearray(protected), dtype=torch.bool),
     )
+    return reducer(_stand_ins(reducer, layout, _CHANNELS)).kept
+
+
+@lru_cache(maxsize=256)
+def rehearse(reducer: Reducer, channels: int, modality: str) -> None:
+    """Reduce stand-ins as wide as a model's tokens, before a picture does.
+
+    Args:
+        reducer: one with countable results.
+        channels: of the LLM's embeddings.
+        modality: ``image`` or ``video``.
+
+    Raises:
+        ServingError: if options or weights of the strategy do not suit that width.
+    """
+    layout = Layout.from_grid(_REHEARSED[modality])
+    try:
+        kept_tokens(reducer, layout)
+    except TokenReduceError:
+        # Items of this shape are refused one by one; those that come may have others.
+        return
+    try:
+        reducer.prepare(torch.device("cpu"), torch.float32)
+        reducer(_stand_ins(reducer, layout, channels))
+    except TokenReduceError as error:
+        raise ServingError(
+            f"{reducer.name} cannot reduce tokens of {channels} channels, as this model's are "
+            f"({modality}): {error}"
+        ) from error
+
+
+def _stand_ins(reducer: Reducer, layout: Layout, channels: int) -> VisualTokens:
+    """Random tokens with the signals that a strategy reads."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = installed().signals
-    signals = {}
-    for name in reducer.needs:
-        sizes = {"batch": 1, "tokens": tokens, "channels": _CHANNELS}
-        shape = [sizes.get(axis, _WORDS) for axis in vocabulary[name].dims]
-        signals[name] = torch.rand(shape, generator=generator)
-    features = torch.rand(1, tokens, _CHANNELS, generator=generator)
-    return reducer(VisualTokens(features, layout, signals=signals)).kept
+    sizes = {"batch": 1, "tokens": len(layout), "channels": channels}
+    signals = {
+        name: torch.rand(
+            [sizes.get(axis, _WORDS) for axis in vocabulary[name].dims], generator=generator
+        )
+        for name in reducer.needs
+    }
+    features = torch.rand(1, len(layout), channels, generator=generator)
+    return VisualTokens(features, layout, signals=signals)

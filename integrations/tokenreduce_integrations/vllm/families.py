@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenreduce.errors import ServingError
 from tokenreduce.plugins import installed
+from tokenreduce_integrations.vllm.counting import rehearse
 from tokenreduce_integrations.vllm.settings import (
     MODALITIES,
     QUERY_SIGNALS,
@@ -148,7 +149,8 @@ class Family:
             sharded_pictures: see :meth:`signals`.
 
         Raises:
-            ServingError: if they lack a signal, or take none of the stage's modalities.
+            ServingError: if they lack a signal, take none of the stage's modalities, or have
+                tokens of a width that does not suit the strategy.
         """
         if not set(stage.modalities) & set(self.shapes):
             raise ServingError(
@@ -170,6 +172,9 @@ class Family:
                 f"the vision tower of this {self.architecture} does not give (it gives "
                 f"{', '.join(sorted(offered))}). What would work: {', '.join(would_work)}."
             )
+        channels = config.get_text_config().hidden_size
+        for modality in set(stage.modalities) & set(self.shapes):
+            rehearse(stage.reducer(), channels, modality)
 
 
 #: Types of vision towers that begin with a class token.

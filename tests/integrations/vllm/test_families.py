@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from support import served_checkpoints
-from tokenreduce.errors import ServingError
+from tokenreduce.errors import ServingError, TokenReduceError
+from tokenreduce.plugins import installed
 from tokenreduce_integrations.vllm.families import FAMILIES, Block, Processed, Shape, mosaic
 from tokenreduce_integrations.vllm.settings import ServedStage
 
@@ -54,6 +58,33 @@ def test_a_stage_for_clips_alone_would_do_nothing_on_a_model_of_pictures() -> No
     QWEN.require(ServedStage.from_config(clips), config("qwen2.5-vl"))
     with pytest.raises(ServingError, match="nothing would be"):
         LLAVA.require(ServedStage.from_config(clips), config("llava"))
+
+
+def test_weights_of_another_width_stop_the_server(tmp_path: Path) -> None:
+    width = config("llava").text_config.hidden_size
+    sizes = {"semantic_tokens": (40, 6), "query.weight": (8, 6)}
+    for channels in (width, width // 2):
+        file = tmp_path / f"{channels}.safetensors"
+        shapes = {**sizes, "key.weight": (8, channels)}
+        save_file({name: torch.ones(shape) for name, shape in shapes.items()}, file)
+        stage = ServedStage.from_config(
+            {"strategy": "token-grouping", "weights": str(file), "keep": 9}
+        )
+        if channels == width:
+            LLAVA.require(stage, config("llava"))
+            continue
+        with pytest.raises(ServingError, match=rf"tokens of {width} channels.*key\.weight"):
+            LLAVA.require(stage, config("llava"))
+
+
+@pytest.mark.parametrize("name", installed().strategies)
+def test_what_can_be_served_passes_the_rehearsal(name: str) -> None:
+    try:
+        stage = ServedStage.from_config({"strategy": name, "keep": 9})
+    except TokenReduceError:
+        return
+    if LLAVA.signals(config("llava")).issuperset(stage.needs):
+        LLAVA.require(stage, config("llava"))
 
 
 @pytest.mark.parametrize("named", ["image_sizes", "image_embeds"])
