@@ -108,11 +108,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int = 1) -> dict[str, Any]:
     """What the rows were measured on."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{_processor()}, CPU, 1 thread, float32",
+        "device": f"{_processor()}, CPU, {threads} thread{'s' * (threads > 1)}, float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tokenreduce": tr.__version__,
