@@ -1,9 +1,9 @@
 """Rendered clips with questions: shapes that move, one after the other, among shapes that do not.
 
 The background, the clutter and the still shapes repeat from frame to frame, up to the noise of the
-camera; one or two shapes move. Two never move at once, so that there is a first and a last. A clip
-is a function of ``(seed, split, index)`` alone, and its questions are a function of the clip, as
-with scenes.
+camera, unless other conditions are asked for; one or two shapes move. Two never move at once, so
+that there is a first and a last. A clip is a function of ``(seed, split, index)`` and of the
+conditions, and its questions are a function of the clip, as with scenes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from .conditions import Conditions
 from .scenes import (
     COLOR_VALUES,
     IMAGE_SIZE,
@@ -114,6 +115,7 @@ class ClipGenerator:
     Args:
         seed: Selects the sequence of clips.
         split: ``"train"`` and ``"test"`` draw from disjoint random streams.
+        conditions: How the clips are filmed; the same things happen in them under all.
 
     Example:
         >>> generator = ClipGenerator(seed=7)
@@ -124,11 +126,14 @@ class ClipGenerator:
         ['direction']
     """
 
-    def __init__(self, seed: int, split: Split = "test") -> None:
+    def __init__(
+        self, seed: int, split: Split = "test", conditions: Conditions | None = None
+    ) -> None:
         if split not in SPLIT_CODES:
             raise ValueError(f"split must be one of {sorted(SPLIT_CODES)}, got {split!r}")
         self.seed = seed
         self.split: Split = split
+        self.conditions = conditions or Conditions()
 
     def clip(self, index: int) -> Clip:
         """Return the clip at a position of the sequence."""
@@ -141,10 +146,18 @@ class ClipGenerator:
             (COLOR_VALUES[item.color] + rng.uniform(-15, 15, 3)).astype(np.float32)
             for item in objects
         ]
-        frames = np.repeat(still[None], FRAMES, 0)
-        for frame, image in enumerate(frames):
+        filming = np.random.default_rng((*key, _CLIP_CODE, 2))
+        windows = self.conditions.windows(filming, FRAMES)
+        margin = int(abs(windows).max())
+        around = np.pad(still, ((margin, margin), (margin, margin), (0, 0)), "reflect")
+        frames = np.empty((FRAMES, *still.shape), np.float32)
+        for frame, image in enumerate(self.conditions.ground(filming, around, FRAMES)):
             for item, value in zip(objects, values, strict=True):
-                _paint(image, item, item.centres[frame], value)
+                x, y = item.centres[frame]
+                _paint(image, item, (x + margin, y + margin), value)
+            left, top = margin + windows[frame]
+            frames[frame] = image[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+        frames = self.conditions.expose(filming, frames)
         noise = rng.standard_normal(frames.shape, dtype=np.float32)
         frames += noise * np.float32(rng.uniform(*NOISE))
         return Clip(frames.clip(0, 255).astype(np.uint8), objects, background, key)

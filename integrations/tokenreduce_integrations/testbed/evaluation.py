@@ -46,6 +46,7 @@ from tokenreduce_integrations.transformers.probes import TowerProbes, pools, tow
 
 from . import packed
 from .clips import ClipGenerator
+from .conditions import Conditions
 from .scenes import GRID_SIZE, Question, SceneGenerator
 
 __all__ = [
@@ -153,6 +154,7 @@ def encode_clips(
     clips: int,
     types: Sequence[str],
     signals: Sequence[str] = (),
+    conditions: Conditions | None = None,
 ) -> EncodedScenes:
     """Render held-out clips, ask about them and encode them.
 
@@ -164,13 +166,14 @@ def encode_clips(
         types: question types to ask.
         signals: what to read of the vision encoder beside the features, such as
             ``"class_attention"``.
+        conditions: how the clips are filmed.
 
     Raises:
         ValueError: if there are no clips or no types, or a type is unknown.
     """
     if clips < 1 or not types:
         raise ValueError(f"nothing to evaluate: {clips} clips, question types {list(types)}")
-    generator = ClipGenerator(seed, "test")
+    generator = ClipGenerator(seed, "test", conditions)
     probe = PROBES(model.model, signals, None)
     features, questions = [], []
     caught: dict[str, list[Tensor]] = {name: [] for name in signals}
