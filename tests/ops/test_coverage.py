@@ -20,8 +20,9 @@ def slow(c, w, b, k):
             for j in range(n)
             if j not in picked
         }
-        tie = TIE_TOLERANCE * max(1.0, *score.values())
-        picked.append(next(j for j, s in score.items() if s >= max(score.values()) - tie))
+        best = max(score, key=lambda j: score[j])
+        tie = TIE_TOLERANCE * max(score[best], min(1.0, float(w[best])))
+        picked.append(next(j for j, s in score.items() if s >= score[best] - tie))
         covered = [max(covered[i], float(c[picked[-1], i])) for i in range(places)]
     return picked
 
@@ -62,3 +63,13 @@ def test_few_are_evaluated_again():
 
     greedy_coverage(cover, 50, weight=torch.ones(1, 400))
     assert sum(asked) < 0.25 * 50 * 400
+
+
+def test_small_weights_are_told_apart():
+    # Tokens unlike each other, of which each adds its weight: the next ones only tell by rank.
+    unit, weight = torch.eye(40)[None], torch.logspace(0, -12, 40)[None]
+    shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    picks = greedy_coverage(
+        lambda ask: gather_tokens(unit, ask) @ unit.mT, 40, weight=weight[:, shuffled]
+    )
+    assert shuffled[picks[0]].tolist() == list(range(40))

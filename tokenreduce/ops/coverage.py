@@ -55,7 +55,9 @@ def greedy_coverage(
     everyone = torch.arange(n, device=weight.device).expand(batch, n)
     score = torch.cat([evaluate(part) for part in everyone.split(CHUNK, dim=1)], dim=1)
     for step in range(k):
-        newest = first_argmax(score, scale=score.amax(1, keepdim=True).clamp(min=1))
+        # Rounding errors of a gain are those of its sum, which its weight scales.
+        best, at = score.max(1, keepdim=True)
+        newest = first_argmax(score, scale=torch.maximum(best, weight.gather(1, at).clamp(max=1)))
         picks[:, step] = newest
         if step == k - 1:
             break
