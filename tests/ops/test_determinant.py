@@ -14,7 +14,6 @@ def slow(kernel, k, ridge=0.0):
     """Each time, the first token of the largest det(L[S + i]) / det(L[S]), less the ridge."""
     n = len(kernel)
     own = kernel.diagonal() - ridge
-    tie = 2.5e-7 * float(own.max())
     picked = []
     while len(picked) < k:
         gains = {}
@@ -26,7 +25,9 @@ def slow(kernel, k, ridge=0.0):
                 block, cross = kernel[picked][:, picked], kernel[picked, i]
                 gain -= float(cross @ torch.linalg.pinv(block, hermitian=True) @ cross)
             gains[i] = max(gain, SPAN_TOLERANCE * float(own[i]))
-        picked.append(next(i for i, g in gains.items() if g >= max(gains.values()) - tie))
+        best = max(gains, key=lambda i: gains[i])
+        least = gains[best] - TIE_TOLERANCE * float(own[best])
+        picked.append(next(i for i, g in gains.items() if g >= least))
     return picked
 
 

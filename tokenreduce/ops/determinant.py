@@ -51,11 +51,12 @@ def _pick_together(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: flo
     item = torch.arange(left.shape[0], device=left.device)
     tiny = torch.finfo(left.dtype).tiny
     least = gain * SPAN_TOLERANCE
-    scale = gain.amax(1, keepdim=True).clamp(min=tiny)
+    own = gain.clamp(min=tiny)
     factor = left.new_empty(left.shape[0], k, left.shape[1])
     picks = torch.empty((left.shape[0], k), dtype=torch.long, device=left.device)
     for step in range(k):
-        newest = first_argmax(gain, scale=scale)
+        # Rounding errors of what a token adds are those of its diagonal entry.
+        newest = first_argmax(gain, scale=own.gather(1, gain.argmax(1, keepdim=True)))
         picks[:, step] = newest
         pivot = gain[item, newest]
         spanned = pivot <= least[item, newest]
@@ -83,14 +84,16 @@ def _pick_ahead(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: float)
     tiny = torch.finfo(left.dtype).tiny
     # Beside so short vectors, calls of torch take longer than those of numpy.
     worth, least = gain.numpy(), (gain * SPAN_TOLERANCE).numpy()
-    tie = np.float32(TIE_TOLERANCE * max(worth.max(), tiny))
+    # Rounding errors of what a token adds are those of its diagonal entry.
+    tie = worth.clip(min=tiny) * np.float32(TIE_TOLERANCE)
     factor = left.new_empty(k, len(left))
     # By token: its row of the kernel, less what the picks before some step explain; that step.
     ahead: dict[int, tuple[Tensor, int]] = {}
     missing = torch.zeros_like(gain)
     picks: list[int] = []
     for step in range(k):
-        newest = int((worth >= worth.max() - tie).argmax())
+        best = worth.argmax()
+        newest = int((worth >= worth[best] - tie[best]).argmax())
         picks.append(newest)
         own = factor[step]
         if not ridge and worth[newest] <= least[newest]:
