@@ -22,7 +22,7 @@ Algorithm, for T frames of P tokens x[t, p] with class attention a[t, p] and a b
 Ties go to the lowest index.
 
 Shapes: features ``(B, T P, D)`` -> picks, trees, clusters -> ``(B, k, D)``. Cost: O(N P D), linear
-in frames; two products of P x P in each frame.
+in frames; two or three products of P x P in each frame.
 
 Signal: ``class_attention``; none with ``selection="div"``.
 
@@ -30,8 +30,8 @@ Deviations from the official code: the count is exact (it rounds up in every fra
 its mean (it divides the sum over a tree by the number of the root's children plus one, which
 inflates long chains: a still token seen in n frames comes out about n / 2 times as long); picked
 tokens of a one-frame segment are not clustered again; no random noise breaks ties. The function
-:func:`merge_segment` has an argument for its behaviour, and equals it on recorded cases. Its second
-part, pruning inside the LLM after expanding the budget here, is not part of this strategy.
+:func:`merge_segments` has an argument for its behaviour, and equals it on recorded cases. Its
+second part, pruning inside the LLM after expanding the budget here, is not part of this strategy.
 
 Published, LLaVA-OneVision-7B with 32 frames and 10 percent of the tokens: 99.1 percent of the full
 model (a table of its authors, which has FastVID at 96.2 and VisionZip at 88.9).
@@ -51,6 +51,7 @@ model (a table of its authors, which has FastVID at 96.2 and VisionZip at 88.9).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 from typing import Literal, NamedTuple, get_args
 
@@ -58,27 +59,29 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import first_argmax, unit_vectors
+from tokenreduce.ops import MergeWeights, first_argmax, merge_tokens
 from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.frames import segment_lengths
 from tokenreduce.ops.quotas import apportion, top_mask
+from tokenreduce.ops.similarity import SMALLEST_NORM
 from tokenreduce.ops.weighted_spreading import weighted_farthest_first
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import VisualTokens
 
-#: Entries of the similarities of neighbouring frames held at a time: 16 Mi float32, 64 MiB.
-TILE_ENTRIES = 1 << 24
+#: Entries of the similarities of neighbouring frames held at a time: 512 Ki float32 values, 2 MiB,
+#: which fit the cache.
+TILE_ENTRIES = 1 << 19
 
 Selection = Literal["attn_div", "attn_div_v2", "div"]
 
 
-class MergedSegment(NamedTuple):
-    """Where the tokens of a segment of F frames flow.
+class MergedTokens(NamedTuple):
+    """Where the tokens of a clip of T frames flow.
 
     Attributes:
-        stands: ``(F * P,)`` the token at whose place each token's cluster stands, -1 for none.
-        values: ``(F * P,)`` the weight of each token in its cluster.
+        stands: ``(T * P,)`` the token at whose place each token's cluster stands, -1 for none.
+        values: ``(T * P,)`` the weight of each token in its cluster.
     """
 
     stands: Tensor
@@ -161,23 +164,12 @@ class FlashVID(Merger):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Steps 4 and 5 for one clip ``(T, P, D)``: groups, positions and weights."""
         lengths = segment_lengths(clip.mean(1), self.segment_threshold, self.min_segments)
-        stands, values = [], []
-        start = 0
-        for length in lengths:
-            frames = slice(start, start + length)
-            merged = merge_segment(
-                clip[frames],
-                selected[frames],
-                sum(trees[frames]),
-                threshold=self.temporal_threshold,
-            )
-            offset = start * clip.shape[1]
-            stands.append(torch.where(merged.stands < 0, DROPPED, merged.stands + offset))
-            values.append(merged.values)
-            start += length
+        ends = list(accumulate(lengths))
+        keep = [sum(trees[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+        merged = merge_segments(clip, selected, lengths, keep, threshold=self.temporal_threshold)
         own = torch.arange(selected.numel(), device=clip.device)
-        where = torch.where(selected.flatten(), own, torch.cat(stands))
-        weights = torch.where(selected.flatten(), 1, torch.cat(values))
+        where = torch.where(selected.flatten(), own, merged.stands)
+        weights = torch.where(selected.flatten(), 1, merged.values)
         positions = (where == own).nonzero().squeeze(1)
         groups = torch.where(where < 0, DROPPED, torch.searchsorted(positions, where))
         return groups, positions, weights
@@ -199,15 +191,22 @@ def salient_tokens(clips: Tensor, attention: Tensor, k: int, selection: Selectio
     return picks.reshape(*attention.shape[:2], k)
 
 
-def merge_segment(
-    frames: Tensor, selected: Tensor, keep: int, *, threshold: float, official: bool = False
-) -> MergedSegment:
-    """Steps 4 and 5 for one segment.
+def merge_segments(
+    frames: Tensor,
+    selected: Tensor,
+    lengths: list[int],
+    keep: list[int],
+    *,
+    threshold: float,
+    official: bool = False,
+) -> MergedTokens:
+    """Steps 4 and 5, segment by segment.
 
     Args:
-        frames: ``(F, P, D)`` float32.
-        selected: ``(F, P)`` booleans, tokens that are kept as they are.
-        keep: how many outputs the other tokens give, at most their number.
+        frames: ``(T, P, D)`` float32.
+        selected: ``(T, P)`` booleans, tokens that are kept as they are.
+        lengths: how many frames each segment holds.
+        keep: how many outputs the other tokens of each segment give, at most their number.
         threshold: lowest cosine of a link.
         official: count, weigh and choose as the official code does; then weights need not sum to
             one, counts miss ``keep``, and a selected token can join a cluster all the same.
@@ -215,60 +214,99 @@ def merge_segment(
     count, places, _ = frames.shape
     own = torch.arange(count * places, device=frames.device).reshape(count, places)
     free = ~selected
-    if keep == 0:
-        nothing = own.flatten()
-        return MergedSegment(torch.full_like(nothing, DROPPED), torch.zeros_like(nothing).float())
-    parent, linked = _links(frames, free, keep, threshold, official)
+    parent, linked = _links(frames, free, lengths, keep, threshold, official)
     root = [own[0]]
-    for t in range(1, count):
-        root.append(torch.where(linked[t - 1], root[-1][parent[t - 1]], own[t]))
+    for towards, holds, itself in zip(parent, linked, own[1:], strict=True):
+        root.append(torch.where(holds, root[-1][towards], itself))
     roots = torch.stack(root).flatten()
-    members = torch.bincount(roots, minlength=roots.numel()).clamp(min=1).float()
+    members = torch.bincount(roots, minlength=roots.numel()).float()
     if official:
         towards = (parent + own[:-1, :1])[linked]
         members = 1 + torch.bincount(towards, minlength=roots.numel()).float()
-    trees = torch.zeros_like(frames).flatten(0, 1).index_add_(0, roots, frames.flatten(0, 1))
-    trees /= members[:, None]
     stays = (roots == own.flatten()).reshape(count, places) & free
-    if official and count == 1:
-        stays = torch.ones_like(free)
-    heads = stays.sum(1)
-    clusters = apportion(heads.float(), min(keep, int(heads.sum())), places)
     if official:
-        ratio = keep / int(heads.sum())
-        whole = [ceil(n * ratio) if ratio < 1 else n for n in heads.tolist()]
-        clusters = torch.tensor(whole, device=frames.device)
-    peaks = density_peaks(trees.reshape(frames.shape), clusters, takes_part=stays)
-    centre = torch.where(stays & (clusters > 0)[:, None], peaks.centre_of + own[:, :1], DROPPED)
+        alone = [n == 1 for n in lengths for _ in range(n)]
+        stays[torch.tensor(alone, device=stays.device)] = True
+    clusters = torch.cat(
+        [
+            _shares(heads, most, places, official)
+            for heads, most in zip(stays.sum(1).split(lengths), keep, strict=True)
+        ]
+    )
+    # Where there are as many clusters as trees, each tree is a cluster.
+    crowded = (clusters > 0) & (clusters < stays.sum(1))
+    centre = torch.where(stays & (clusters > 0)[:, None], own, DROPPED)
+    if bool(crowded.any()):
+        trees = _trees(frames, roots, members, crowded)
+        peaks = density_peaks(trees, clusters[crowded], takes_part=stays[crowded])
+        centre[crowded] = torch.where(
+            stays[crowded], peaks.centre_of + own[crowded][:, :1], DROPPED
+        )
     centre = centre.flatten()
     joined = torch.bincount(centre.clamp(min=0), weights=centre >= 0, minlength=centre.numel())
     stands = torch.where(stays.flatten()[roots], centre[roots], DROPPED)
     values = 1 / (members[roots] * joined[stands.clamp(min=0)].float())
-    return MergedSegment(stands, values.masked_fill(stands < 0, 0))
+    return MergedTokens(stands, values.masked_fill(stands < 0, 0))
+
+
+def _shares(heads: Tensor, keep: int, places: int, official: bool) -> Tensor:
+    """Clusters of each frame of a segment, ``(F,)``, for ``heads`` trees."""
+    if official:
+        ratio = keep / int(heads.sum())
+        whole = [ceil(n * ratio) if ratio < 1 else n for n in heads.tolist()]
+        return torch.tensor(whole, device=heads.device)
+    return apportion(heads.float(), min(keep, int(heads.sum())), places)
+
+
+def _trees(frames: Tensor, roots: Tensor, members: Tensor, crowded: Tensor) -> Tensor:
+    """The means of the trees that begin in the frames marked, ``(C, P, D)``; 0 for other tokens."""
+    places = frames.shape[1]
+    begins = roots // places
+    source = crowded[begins].nonzero().squeeze(1)
+    rank = crowded.cumsum(0) - 1
+    tree = rank[begins[source]] * places + roots[source] % places
+    edges = MergeWeights(tree[None], source[None], 1 / members[roots[source]][None])
+    means = merge_tokens(frames.flatten(0, 1)[None], edges, int(crowded.sum()) * places)
+    return means.unflatten(1, (-1, places))[0]
 
 
 def _links(
-    frames: Tensor, free: Tensor, keep: int, threshold: float, official: bool
+    frames: Tensor,
+    free: Tensor,
+    lengths: list[int],
+    keep: list[int],
+    threshold: float,
+    official: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The place a frame before that each token of frames 1 to F - 1 leans on, and whether it does.
+    """The place a frame before that each token of frames 1 to T - 1 leans on, and whether it does.
 
     Returns:
-        parents and links, both ``(F - 1, P)``.
+        parents and links, both ``(T - 1, P)``.
     """
-    unit = unit_vectors(frames)
+    # Products of frames are scaled, since there is less of them than of frames.
+    norm = torch.linalg.vector_norm(frames, dim=2).clamp(min=SMALLEST_NORM)
     together = max(1, TILE_ENTRIES // frames.shape[1] ** 2)
-    parents, cosines = [], []
-    for part in zip(*(each.split(together) for each in (unit[1:], unit[:-1], free)), strict=False):
-        cosine = torch.bmm(part[0], part[1].transpose(1, 2))
-        cosine.masked_fill_(~part[2][: len(cosine), None], -1)
+    parents, cosines = [free[:0].long()], [norm[:0]]
+    whole = (frames[1:], frames[:-1], norm[1:], norm[:-1], free[:-1])
+    for part, before, length, length_before, open_before in zip(
+        *(each.split(together) for each in whole), strict=True
+    ):
+        cosine = torch.bmm(part, before.mT).div_(length_before[:, None]).div_(length[..., None])
+        cosine.masked_fill_(~open_before[:, None], -1)
         parents.append(first_argmax(cosine, scale=1.0))
         cosines.append(cosine.gather(2, parents[-1][..., None]).squeeze(2))
     parent, nearest = torch.cat(parents), torch.cat(cosines)
     linked = (nearest > threshold) & free[1:] & free[:-1].gather(1, parent)
-    most = int(free.sum()) - keep
-    if int(linked.sum()) > most:
-        # The official code compares strictly with the last link that it could take.
-        allowed = torch.tensor(max(0, most - official), device=frames.device)
-        scores = nearest.masked_fill(~linked, -torch.inf).flatten()
-        linked = top_mask(scores, allowed, scale=1.0).reshape(linked.shape)
+    ends = list(accumulate(lengths))
+    # Row t of the links leads from frame t + 1 to frame t.
+    linked[[end - 1 for end in ends[:-1]]] = False
+    links, room = linked.sum(1).tolist(), free.sum(1).tolist()
+    for end, length, kept in zip(ends, lengths, keep, strict=True):
+        start, most = end - length, sum(room[end - length : end]) - kept
+        if sum(links[start : end - 1]) > most:
+            # The official code compares strictly with the last link that it could take.
+            allowed = torch.tensor(max(0, most - official), device=frames.device)
+            own = linked[start : end - 1]
+            scores = nearest[start : end - 1].masked_fill(~own, -torch.inf).flatten()
+            own.copy_(top_mask(scores, allowed, scale=1.0).reshape(own.shape))
     return parent, linked

@@ -48,5 +48,7 @@ def test_tiles_and_batches_agree(monkeypatch):
     features = torch.randn(5, 20, 8, generator=generator)
     weights = torch.rand(5, 20, generator=generator)
     whole = weighted_farthest_first(features, weights, 9)
+    monkeypatch.setattr(module, "CACHED_ENTRIES", 320)
+    assert weighted_farthest_first(features, weights, 9).equal(whole)
     monkeypatch.setattr(module, "TILE_ENTRIES", 800)
     assert weighted_farthest_first(features, weights, 9).equal(whole)

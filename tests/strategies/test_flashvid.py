@@ -10,7 +10,7 @@ from support.clouds import quick
 from tokenreduce.errors import MissingSignal, PipelineError
 from tokenreduce.ops.frames import segment_lengths
 from tokenreduce_strategies import flashvid
-from tokenreduce_strategies.flashvid import FlashVID, merge_segment
+from tokenreduce_strategies.flashvid import FlashVID, merge_segments
 
 TIE = 2.5e-7
 
@@ -56,7 +56,7 @@ def test_trees(clip, data):
     # With as many outputs as trees nothing is clustered.
     roots = slow_trees(x, free, 1, 0.7)
     keep = len(set(roots.values()))
-    merged = merge_segment(x, ~free, keep, threshold=0.7)
+    merged = merge_segments(x, ~free, [len(x)], [keep], threshold=0.7)
     assert {n: int(s) for n, s in enumerate(merged.stands.tolist()) if s >= 0} == roots
     sizes = torch.bincount(torch.tensor(list(roots.values())), minlength=free.numel())
     for n, root in roots.items():
@@ -69,7 +69,7 @@ def test_links_give_way_to_the_budget(clip, data):
     x = clip.features[0]
     free = torch.ones(x.shape[:2], dtype=torch.bool)
     keep = data.draw(st.integers(1, free.numel()))
-    merged = merge_segment(x, ~free, keep, threshold=0.0)
+    merged = merge_segments(x, ~free, [len(x)], [keep], threshold=0.0)
     assert len(merged.stands[merged.stands >= 0].unique()) == keep
     trees = slow_trees(x, free, keep, 0.0)
     if len(set(trees.values())) == keep:

@@ -10,7 +10,7 @@ from tokenreduce.ops.frames import previous_cosine, segment_lengths
 from tokenreduce_strategies.aim import merge_rounds
 from tokenreduce_strategies.dycoke import DyCoke
 from tokenreduce_strategies.evs import EVS
-from tokenreduce_strategies.flashvid import merge_segment, salient_tokens
+from tokenreduce_strategies.flashvid import merge_segments, salient_tokens
 from tokenreduce_strategies.framefusion import FrameFusion
 from tokenreduce_strategies.free_video_llm import region_boxes
 from tokenreduce_strategies.holitom import HoliTom, static_windows, weakest_steps
@@ -104,21 +104,18 @@ def test_flashvid(parity_case, case):
     selected = torch.zeros(count, places, dtype=torch.bool).scatter_(1, picks, True)
     # A selected token may stand beside a cluster at its own place; it comes first.
     rows = [(n, 0, frames.flatten(0, 1)[n]) for n in selected.flatten().nonzero().flatten()]
-    start = 0
-    for length in lengths:
-        part = frames[start : start + length]
-        merged = merge_segment(
-            part,
-            selected[start : start + length],
-            (budget - picked) * length,
-            threshold=options["temporal_threshold"],
-            official=True,
-        )
-        for centre in merged.stands[merged.stands >= 0].unique():
-            mine = merged.stands == centre
-            feature = (part.flatten(0, 1)[mine] * merged.values[mine, None]).sum(0)
-            rows.append((centre + start * places, 1, feature))
-        start += length
+    merged = merge_segments(
+        frames,
+        selected,
+        lengths,
+        [(budget - picked) * length for length in lengths],
+        threshold=options["temporal_threshold"],
+        official=True,
+    )
+    for centre in merged.stands[merged.stands >= 0].unique():
+        mine = merged.stands == centre
+        feature = (frames.flatten(0, 1)[mine] * merged.values[mine, None]).sum(0)
+        rows.append((centre, 1, feature))
     rows.sort(key=lambda row: (int(row[0]), row[1]))
     case.check(
         budgets=torch.tensor([picked, budget - picked]),

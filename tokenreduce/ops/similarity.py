@@ -68,8 +68,7 @@ def gram_matrix(features: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     n = features.shape[1]
     if n < 2 * FEW_ROWS or features.is_cuda:
-        gram = features @ features.mT
-        return gram if out is None else out.copy_(gram)
+        return torch.matmul(features, features.mT, out=out)
     gram = features.new_empty(features.shape[0], n, n) if out is None else out
     rows = GRAM_ROWS if n >= 4 * GRAM_ROWS else FEW_ROWS
     for item, products in zip(features, gram, strict=True):

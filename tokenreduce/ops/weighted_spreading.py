@@ -9,6 +9,8 @@ from tokenreduce.ops.similarity import gram_matrix, unit_vectors
 
 #: Entries of the Gram matrices held at a time: 16 Mi float32 values, 64 MiB.
 TILE_ENTRIES = 1 << 24
+#: Entries of features that are worked on at a time: 1 Mi float32 values, 4 MiB.
+CACHED_ENTRIES = 1 << 20
 
 
 def weighted_farthest_first(features: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -32,19 +34,28 @@ def weighted_farthest_first(features: Tensor, weights: Tensor, k: int) -> Tensor
     require_matrix(features.shape[1], "weighted distances")
     together = max(1, TILE_ENTRIES // features.shape[1] ** 2)
     parts = zip(features.split(together), weights.float().split(together), strict=True)
-    return torch.cat([_pick(unit_vectors(part), weight, k) for part, weight in parts])
+    return torch.cat([_pick(part, weight, k) for part, weight in parts])
 
 
-def _pick(unit: Tensor, weights: Tensor, k: int) -> Tensor:
-    picks = torch.empty((unit.shape[0], k), dtype=torch.long, device=unit.device)
+def _pick(features: Tensor, weights: Tensor, k: int) -> Tensor:
+    batch, n, channels = features.shape
+    picks = torch.empty((batch, k), dtype=torch.long, device=features.device)
     if k == 0:
         return picks
-    rows = torch.arange(unit.shape[0], device=unit.device)
+    rows = torch.arange(batch, device=features.device)
     # Row i holds the weighted distances of all candidates to i.
-    apart = gram_matrix(unit).neg_().add_(1).mul_(weights[:, None])
+    apart = weights.new_empty(batch, n, n)
+    together = max(1, CACHED_ENTRIES // (n * channels))
+    nearest = []
+    for part, tile, own in zip(
+        *(whole.split(together) for whole in (features, apart, weights)), strict=True
+    ):
+        gram_matrix(unit_vectors(part), out=tile).neg_().add_(1).mul_(own[:, None])
+        tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        nearest.append(tile.amin(1))
     scale = weights.abs().amax(1, keepdim=True)
-    apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    newest = first_argmax(apart.amin(1).clamp(max=torch.finfo(torch.float32).max), scale=scale)
+    first = torch.cat(nearest).clamp(max=torch.finfo(torch.float32).max)
+    newest = first_argmax(first, scale=scale)
     distance = torch.full_like(weights, torch.inf)
     for step in range(k):
         picks[:, step] = newest
