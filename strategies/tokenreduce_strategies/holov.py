@@ -43,7 +43,8 @@ from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import gram_matrix, top_k_indices, unit_vectors
+from tokenreduce.ops import gram_matrix, unit_vectors
+from tokenreduce.ops.quotas import kept_indices, top_mask
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
@@ -53,6 +54,8 @@ from tokenreduce_strategies.remainders import common_count
 GRAM_LIMIT = 16384
 #: The scale of attention, and the share of variety, of the official code.
 ATTENTION_SCALE, VARIETY_SHARE = 1000.0, 0.09
+#: Entries of features or cosines that are worked on at a time: 1 Mi float32 values, 4 MiB.
+CACHED_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +86,45 @@ class HoloV(Reducer):
     def reduce(self, tokens: VisualTokens) -> Reduction:
         attention = tokens.signal("class_attention").detach().float()
         count = min(self.regions, tokens.count)
-        unit = unit_vectors(tokens.features.detach())
-        runs = list(zip(unit.tensor_split(count, 1), attention.tensor_split(count, 1), strict=True))
-        if (longest := runs[0][0].shape[1]) > GRAM_LIMIT:
+        least, longer = divmod(tokens.count, count)
+        if (longest := least + (longer > 0)) > GRAM_LIMIT:
             raise TokensError(
                 f"{self.name} compares all tokens of a region; {longest} tokens are more than "
                 f"{GRAM_LIMIT}. Raise regions={self.regions}."
             )
-        room = [run.shape[1] for run, _ in runs]
-        worth = torch.stack([run_score(*run) for run in runs], dim=1)
+        room = [least + (run < longer) for run in range(count)]
+        cut = longer * (least + 1)
+
+        def in_runs(tensor: Tensor) -> list[Tensor]:
+            """Runs of equal length together: those that are one token longer, and the others."""
+            first, others = tensor[:, :cut], tensor[:, cut:]
+            runs = (first.unflatten(1, (longer, least + 1)), others.unflatten(1, (-1, least)))
+            return [part for part in runs if part.shape[1]]
+
+        parts = zip(in_runs(tokens.features.detach()), in_runs(attention), strict=True)
+        worth = torch.cat([run_scores(*part) for part in parts], dim=1)
         if self.official:
             worth[:, torch.tensor(room) == 1] /= ATTENTION_SCALE
         k = self.count(tokens.count)
         share = official_quotas if self.official else quotas
-        shares = [share(weights, room, k) for weights in worth.tolist()]
-        common_count(torch.tensor([sum(own) for own in shares]), strategy=self.name)
-        kept = []
-        for item, own in zip(attention.log(), shares, strict=True):
-            parts = zip(item.tensor_split(count), own, strict=True)
-            chosen = [top_k_indices(part, quota) for part, quota in parts]
-            starts = [sum(room[:run]) for run in range(count)]
-            kept.append(torch.cat([c + start for c, start in zip(chosen, starts, strict=True)]))
-        return Reduction.from_kept(tokens, torch.stack(kept))
+        shares = torch.tensor([share(weights, room, k) for weights in worth.tolist()])
+        common_count(shares.sum(1), strategy=self.name)
+        logs = in_runs(attention.log())
+        counts = shares.split([part.shape[1] for part in logs], dim=1)
+        kept = [top_mask(*part).flatten(1) for part in zip(logs, counts, strict=True)]
+        return Reduction.from_kept(tokens, kept_indices(torch.cat(kept, dim=1)))
+
+
+def run_scores(features: Tensor, attention: Tensor) -> Tensor:
+    """``(B, R)`` scores of runs ``(B, R, s, D)``, a few runs at a time."""
+    batch, _, size, channels = features.shape
+    together = max(1, CACHED_ENTRIES // (batch * size * max(size, channels)))
+    parts = zip(features.split(together, 1), attention.split(together, 1), strict=True)
+    scores = [
+        run_score(unit_vectors(part.flatten(0, 1)), own.flatten(0, 1)).unflatten(0, (batch, -1))
+        for part, own in parts
+    ]
+    return torch.cat(scores, dim=1)
 
 
 def run_score(unit: Tensor, attention: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ from tokenreduce_strategies.official import stated_ratio
 
 #: Steps between unit vectors shorter than this are rounding: they have no direction.
 SHORTEST_STEP = 1e-6
+#: Entries that are worked on at a time: 1 Mi float32 values, 4 MiB.
+CACHED_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +124,16 @@ def official_counts(weights: Tensor, k: int, places: int) -> Tensor:
 
 
 def salience(clip: Tensor, units: Tensor) -> Tensor:
-    """Scores of step 3, ``(B, T, P)``, of tokens ``(B, T, P, D)``; frame by frame, in the cache."""
-    scores = []
-    for frame, unit in zip(clip.unbind(1), units.unbind(1), strict=True):
-        tokens = frame.float()
-        norm = torch.linalg.vector_norm(tokens, dim=2)
-        cosine = torch.bmm(tokens, unit[..., None]).squeeze(2) / norm.clamp(min=SMALLEST_NORM)
-        low, high = norm.amin(1, keepdim=True), norm.amax(1, keepdim=True)
-        # Norms that differ by rounding errors alone are equal.
-        spread = torch.where(high - low > 8 * TIE_TOLERANCE * high, high - low, torch.inf)
-        scores.append(1 - cosine + (norm - low) / spread)
-    return torch.stack(scores, dim=1)
+    """Scores of step 3, ``(B, T, P)``, of tokens ``(B, T, P, D)``; a few frames at a time."""
+    together = max(1, CACHED_ENTRIES // clip[:, 0].numel())
+    norms, products = [], []
+    for frames, unit in zip(clip.split(together, 1), units.split(together, 1), strict=True):
+        tokens = frames.float()
+        norms.append(torch.linalg.vector_norm(tokens, dim=3))
+        products.append((unit[:, :, None] @ tokens.mT).squeeze(2))
+    norm = torch.cat(norms, dim=1)
+    cosine = torch.cat(products, dim=1) / norm.clamp(min=SMALLEST_NORM)
+    low, high = norm.amin(2, keepdim=True), norm.amax(2, keepdim=True)
+    # Norms that differ by rounding errors alone are equal.
+    spread = torch.where(high - low > 8 * TIE_TOLERANCE * high, high - low, torch.inf)
+    return 1 - cosine + (norm - low) / spread

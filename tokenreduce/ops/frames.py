@@ -8,8 +8,8 @@ from torch import Tensor
 from tokenreduce.ops.quotas import top_mask
 from tokenreduce.ops.similarity import SMALLEST_NORM, unit_vectors
 
-#: Entries that are worked on at a time: 64 Ki float32 values, a quarter of a MiB.
-CACHED_ENTRIES = 1 << 16
+#: Entries that are worked on at a time: 256 Ki float32 values, a MiB, about a frame.
+CACHED_ENTRIES = 1 << 18
 
 
 def same_place_cosine(frames: Tensor, reference: Sequence[int]) -> Tensor:
