@@ -267,7 +267,8 @@ def _trees(frames: Tensor, roots: Tensor, members: Tensor, crowded: Tensor) -> T
     tree = rank[begins[source]] * places + roots[source] % places
     edges = MergeWeights(tree[None], source[None], 1 / members[roots[source]][None])
     means = merge_tokens(frames.flatten(0, 1)[None], edges, int(crowded.sum()) * places)
-    return means.unflatten(1, (-1, places))[0]
+    trees: Tensor = means.unflatten(1, (-1, places))[0]
+    return trees
 
 
 def _links(
