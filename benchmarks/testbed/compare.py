@@ -2,6 +2,7 @@
 
     python benchmarks/testbed/compare.py --model b --scenes 1000 --seed 30001 --json
     python benchmarks/testbed/compare.py --model video --scenes 500 --seed 30001 --json
+    python benchmarks/testbed/compare.py --model video --conditions shake=1 noise=8
 
 Every strategy answers the same questions. Each row gives the macro accuracy over the question types
 that the model has learned, its share of the unreduced accuracy, and the difference to each control
@@ -17,6 +18,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ import torch
 import transformers
 
 import tokenreduce as tr
+from tokenreduce.ops.similarity import directions
 from tokenreduce.reducer import Reducer
 from tokenreduce_integrations.testbed.clips import MOTION_TYPES
+from tokenreduce_integrations.testbed.conditions import Conditions
 from tokenreduce_integrations.testbed.evaluation import (
     CONFIDENCE,
     RESAMPLES,
@@ -39,6 +43,7 @@ from tokenreduce_integrations.testbed.evaluation import (
     reduce_features,
 )
 from tokenreduce_integrations.testbed.models import MODEL_NAMES, VIDEO_MODEL_NAMES, card, load
+from tokenreduce_strategies.lftr import LFTR
 
 TUNING_SEED = 101
 STRATEGIES = (
@@ -74,6 +79,16 @@ VIDEO_STRATEGIES = (
     "uniform per frame",
     "avg-pool",
 )
+CONDITION_STRATEGIES = (
+    "lftr",
+    "evs",
+    "dycoke",
+    "uniform per frame",
+    "random",
+    "vidcom2",
+    "divprune",
+    "framefusion",
+)
 VIDEO_CONTROLS = ("lftr", "uniform per frame", "random", "evs", "dycoke")
 VIDEO_SIGNALS = ("class_attention",)
 REDUCTIONS = (4.0, 8.0, 16.0)
@@ -88,6 +103,7 @@ def compare(
     seed: int,
     strategies: tuple[str, ...] | None = None,
     reductions: tuple[float, ...] = REDUCTIONS,
+    conditions: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Evaluate strategies on a testbed model.
 
@@ -98,6 +114,7 @@ def compare(
         strategies: registered names, perhaps followed by " per frame"; the controls among them are
             what others are compared with. All that are of interest for the model if None.
         reductions: how many times fewer tokens.
+        conditions: what clips are filmed under; see `Conditions`.
 
     Returns:
         one JSON document.
@@ -107,9 +124,16 @@ def compare(
     types = about["reported_types"]
     if name in VIDEO_MODEL_NAMES:
         encoded = encode_clips(
-            model, processor, seed=seed, clips=scenes, types=types, signals=VIDEO_SIGNALS
+            model,
+            processor,
+            seed=seed,
+            clips=scenes,
+            types=types,
+            signals=VIDEO_SIGNALS,
+            conditions=Conditions(**(conditions or {})),
         )
-        strategies, controls = strategies or VIDEO_STRATEGIES, VIDEO_CONTROLS
+        usual = CONDITION_STRATEGIES if conditions else VIDEO_STRATEGIES
+        strategies, controls = strategies or usual, VIDEO_CONTROLS
     else:
         encoded = encode_scenes(model, processor, seed=seed, scenes=scenes, types=types)
         strategies, controls = strategies or STRATEGIES, CONTROLS
@@ -160,6 +184,7 @@ def compare(
         "types": list(encoded.types),
         "unreported_types": about["unreported_types"],
         "scene_seed": seed,
+        **({"conditions": dict(conditions), "changed": _changed(encoded)} if conditions else {}),
         "bootstrap": {"seed": BOOTSTRAP_SEED, "resamples": RESAMPLES, "confidence": CONFIDENCE},
         "margin": MARGIN,
         "tokens": encoded.features.shape[1],
@@ -199,6 +224,15 @@ def _kept(reducer: Reducer, encoded: EncodedScenes) -> int:
     """Tokens that the language model reads of the first scene."""
     signals = {name: signal[:1] for name, signal in encoded.signals.items()}
     return reduce_features(reducer, encoded.features[:1], encoded.layout, signals).kept
+
+
+def _changed(encoded: EncodedScenes) -> float:
+    """Share of tokens that LFTR does not take for a repetition of the frame before."""
+    grid = encoded.layout.select(encoded.layout.free).grid
+    unit = directions(encoded.features[:, encoded.layout.free]).unflatten(1, (grid[0], -1))
+    spread = 1 - unit.mean((1, 2)).square().sum(-1)
+    apart = (1 - (unit[:, 1:] * unit[:, :-1]).sum(-1)) / spread[:, None, None]
+    return round(float((apart > LFTR.still).float().mean()), 4)
 
 
 def _by_type(bootstrap: Bootstrap, correct: Correct) -> dict[str, float]:
@@ -267,10 +301,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TUNING_SEED, help="of the scenes")
     parser.add_argument("--strategies", nargs="+")
     parser.add_argument("--reductions", nargs="+", type=float, default=REDUCTIONS)
+    parser.add_argument(
+        "--conditions", nargs="+", default=[], help="of clips, as NAME=NUMBER; see Conditions"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
+    if options.conditions and options.model not in VIDEO_MODEL_NAMES:
+        parser.error(f"--conditions are of clips, and model {options.model} sees pictures")
+    pairs = [condition.split("=") for condition in options.conditions]
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     result = compare(
@@ -279,6 +319,7 @@ def main() -> None:
         seed=options.seed,
         strategies=tuple(options.strategies) if options.strategies else None,
         reductions=tuple(options.reductions),
+        conditions={name: json.loads(value) for name, value in pairs},
     )
     document = json.dumps(result, indent=2)
     print(document if options.json else table(result))
