@@ -38,8 +38,7 @@ def greedy_determinant(left: Tensor, right: Tensor, k: int, *, ridge: float = 0.
     Returns:
         ``(B, k)`` indices in the order they were picked; ties go to the lowest index.
     """
-    # Less the ridge, which all tokens share: beside it, small differences would look like rounding.
-    gain = torch.linalg.vecdot(left, right)
+    gain = torch.linalg.vecdot(left, right) + ridge
     if left.device.type != "cpu":
         return _pick_together(left, right, gain, k, ridge)
     items = zip(left, right, gain, strict=True)
@@ -60,7 +59,7 @@ def _pick_together(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: flo
         picks[:, step] = newest
         pivot = gain[item, newest]
         spanned = pivot <= least[item, newest]
-        root = (pivot + ridge).clamp(min=tiny).sqrt()
+        root = pivot.clamp(min=tiny).sqrt()
         row = torch.bmm(right, gather_tokens(left, newest[:, None]).mT).squeeze(2)
         known = factor[:, :step]
         row -= torch.bmm(known[item, :, newest][:, None], known).squeeze(1)
@@ -119,7 +118,7 @@ def _pick_ahead(left: Tensor, right: Tensor, gain: Tensor, k: int, ridge: float)
         known = factor[since:step]
         torch.addmv(row, known.T, known[:, newest], alpha=-1, out=own)
         added = own.numpy()
-        added /= math.sqrt(worth[newest] + ridge)
+        added /= math.sqrt(worth[newest])
         least[newest] = -np.inf
         np.subtract(worth, added * added, out=worth)
         np.maximum(worth, least, out=worth)
