@@ -27,9 +27,9 @@ def first_argmax(scores: Tensor, *, scale: float | Tensor | None = None) -> Tens
 
     Args:
         scores: ``(..., N)`` floating point, N > 0; ``-inf`` marks tokens that are out.
-        scale: the magnitude that rounding errors are relative to, a number or ``(..., 1)``. The
-            largest finite score if omitted; give 1 for cosines, whose errors do not shrink when
-            all of them are near 0.
+        scale: the magnitude that rounding errors are relative to, a number, ``(..., 1)``, or
+            ``(..., N)`` where it differs from score to score. The largest finite score if omitted;
+            give 1 for cosines, whose errors do not shrink when all of them are near 0.
 
     Returns:
         ``(...)`` integers.

@@ -53,13 +53,23 @@ def _pick(features: Tensor, weights: Tensor, k: int) -> Tensor:
         gram_matrix(unit_vectors(part), out=tile).neg_().add_(1).mul_(own[:, None])
         tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         nearest.append(tile.amin(1))
-    scale = weights.abs().amax(1, keepdim=True)
+    errors = weights.abs()
     first = torch.cat(nearest).clamp(max=torch.finfo(torch.float32).max)
-    newest = first_argmax(first, scale=scale)
+    newest = _farthest(first, errors)
     distance = torch.full_like(weights, torch.inf)
     for step in range(k):
         picks[:, step] = newest
         distance = torch.minimum(distance, apart[rows, newest])
         distance[rows, newest] = -torch.inf
-        newest = first_argmax(distance, scale=scale)
+        newest = _farthest(distance, errors)
     return picks
+
+
+def _farthest(distance: Tensor, errors: Tensor) -> Tensor:
+    """``(B,)`` the farthest candidates; each one's rounding error goes with its own weight.
+
+    One magnitude for all, the largest weight, would take what differs by much for ties: attention
+    is peaked.
+    """
+    leader = distance.argmax(1, keepdim=True)
+    return first_argmax(distance, scale=torch.maximum(errors, errors.gather(1, leader)))
