@@ -117,7 +117,8 @@ def merge_rounds(
 
     Args:
         features: ``(F, P, D)`` float32 frames.
-        merges: how many tokens disappear in each round, at most half of those that are left.
+        merges: how many tokens disappear in each round, at most half of those that are left; a
+            round of none changes nothing, order included.
         by_similarity: whether outputs are listed, and matched in the next round, in the official
             order: single sources by falling similarity, then targets by position.
 
@@ -127,7 +128,7 @@ def merge_rounds(
     index = torch.arange(features.shape[1], device=features.device)
     positions = groups = index.expand(features.shape[:2])
     weights = features.new_ones(features.shape[:2])
-    for count in merges:
+    for count in filter(None, merges):
         alike = features.new_ones(features.shape[:2])
         done = merge_round(features, features, alike, count)
         share = (1 / done.sizes).gather(1, done.groups)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.clips import clips, structured_clip
 from support.clouds import quick
-from tokenreduce_strategies.aim import AIM, rounds
+from tokenreduce_strategies.aim import AIM, merge_rounds, rounds
 
 TIE = 2.5e-7
 
@@ -79,3 +79,14 @@ def test_the_official_order_differs_in_odd_frames_alone():
         theirs = AIM(keep=2 * (side * side // 4), official=True)(tokens)
         assert ours.assignment.equal(theirs.assignment) == same
         assert ours.kept == theirs.kept
+
+
+def test_a_round_of_none_changes_nothing():
+    frames = structured_clip(1, (2, 1, 5), 8).features[0]
+    for by_similarity in (False, True):
+        once = merge_rounds(frames, [2], by_similarity=by_similarity)
+        twice = merge_rounds(frames, [0, 2, 0], by_similarity=by_similarity)
+        for one, two in zip(once, twice, strict=True):
+            assert one.equal(two)
+    alone = merge_rounds(frames[:, :2], [1, 0])
+    assert alone.features.shape == (2, 1, 8)
