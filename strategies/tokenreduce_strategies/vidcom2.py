@@ -58,6 +58,9 @@ from tokenreduce_strategies.official import stated_ratio
 BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 TEMPERATURE = 0.01
 
+#: Variances below this part of the largest count as equal.
+QUIETEST = 1e-10
+
 
 class Commonness(NamedTuple):
     """How usual tokens and frames are.
@@ -126,7 +129,10 @@ def commonness(frames: Tensor) -> Commonness:
         squared = (norm * scale).square()[..., None] + centres.square().sum(2)[:, None]
         similarities.append(_gaussians(squared - 2 * cosine))
     to_video, to_frame = torch.stack(similarities, dim=1).unbind(3)
-    p = (-to_video.mean(2) / TEMPERATURE).softmax(1)
+    unlike = -to_video.mean(2)
+    # The largest is taken off before the division, as in the official code: shares near half a
+    # token are rounded likewise.
+    p = ((unlike - unlike.amax(1, keepdim=True)) / TEMPERATURE).softmax(1)
     return Commonness(to_video + to_frame, 1 + p - p.mean(1, keepdim=True))
 
 
@@ -134,7 +140,11 @@ def _quiet_channels(clip: list[Tensor]) -> Tensor:
     """``(B, 1, D)``: 1 for the half of the channels that varies least, 0 for the others."""
     mean = torch.stack([frame.mean(1, keepdim=True) for frame in clip]).mean(0)
     variance = torch.stack([(frame - mean).square().mean(1) for frame in clip]).mean(0)
-    chosen = top_k_indices(-variance, max(1, variance.shape[1] // 2))
+    # Rounding errors of a variance go with itself, not with that of the loudest channel; below the
+    # floor, channels are constant but for such errors.
+    floor = QUIETEST * variance.amax(1, keepdim=True)
+    level = variance.maximum(floor).clamp(min=torch.finfo(torch.float32).tiny).log()
+    chosen = top_k_indices(-level, max(1, variance.shape[1] // 2))
     return torch.zeros_like(variance).scatter_(1, chosen, 1)[:, None]
 
 

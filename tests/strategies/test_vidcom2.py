@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clips import clips, structured_clip
 from support.clouds import quick
+from tokenreduce import VisualTokens
 from tokenreduce_strategies.vidcom2 import VidCom2, commonness
 
 
@@ -52,6 +54,35 @@ def test_kept_tokens_are_the_least_usual_of_their_frame(seed, ratio):
     for t, row in enumerate(scores):
         mine = [n % 16 for n in kept if n // 16 == t]
         assert mine == sorted(sorted(range(16), key=lambda p: row[p])[: len(mine)])
+
+
+@quick
+@given(st.integers(0, 50))
+def test_beside_a_loud_channel_the_quiet_half_is_still_found(seed):
+    clip = structured_clip(1, (3, 3, 3), 12, seed=seed)
+    # A step too small to see beside the first channel, as loud ones of real encoders are.
+    clip.features[0] *= 1 + 1e-3 * torch.arange(12)
+    clip.features[0, ..., 0] *= 1e4
+    scores, _ = slow(clip.features[0])
+    torch.testing.assert_close(
+        commonness(clip.features).tokens[0], scores.float(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("places", [20, 60, 140])
+def test_official_shares_of_half_a_token(places):
+    # One frame is unlike all others and takes the whole bonus: the others deserve 1 - 1 / T.
+    generator = torch.Generator().manual_seed(places)
+    still = 1 + 0.3 * torch.randn(1, 1, places, 16, generator=generator)
+    still = still.expand(1, 12, places, 16).clone()
+    still += 0.01 * torch.randn(still.shape, generator=generator)
+    still[0, 5] *= -1
+    usual = commonness(still)
+    scales = 0.1 * (1 + torch.eye(12)[5] - torch.eye(12)[5].mean())
+    torch.testing.assert_close(0.1 * usual.frames[0], scales, rtol=0, atol=0)
+    tokens = VisualTokens.from_grid(still.flatten(1, 2), (12, 1, places))
+    kept = VidCom2(keep_ratio=0.1, official=True)(tokens).positions[0] // places
+    assert torch.equal(torch.bincount(kept, minlength=12), (scales * places).round().long())
 
 
 def test_unusual_frames_keep_more():
