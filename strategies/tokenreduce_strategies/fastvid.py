@@ -100,7 +100,9 @@ class FastVID(Merger):
             TokensError: if the tokens do not form a full grid.
         """
         shape = (tokens.require_grid(self.name)[0], -1)
+        # Rounding errors of attention are relative: beside one large value, small ones would tie.
         attention = tokens.signal("class_attention").detach().float()
+        attention = attention.clamp(min=torch.finfo(torch.float32).tiny).log()
         items = [
             self._item(clip.float().unflatten(0, shape), each.unflatten(0, shape), k)
             for clip, each in zip(tokens.features.detach(), attention, strict=True)
@@ -109,7 +111,7 @@ class FastVID(Merger):
         return Grouping(groups, positions, weights)
 
     def _item(self, clip: Tensor, attention: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For one clip ``(T, P, D)``: groups, positions and weights."""
+        """For one clip ``(T, P, D)`` with the logarithm of attention: groups, places, weights."""
         lengths = segment_lengths(clip.mean(1), self.segment_threshold, self.min_segments)
         salient_counts, anchor_counts = self.shares(lengths, clip.shape[1], k)
         salient = top_mask(attention, torch.tensor(salient_counts))

@@ -117,7 +117,9 @@ class HoliTom(Reducer):
             TokensError: if the tokens do not form a full grid.
         """
         shape = (tokens.require_grid(self.name)[0], -1)
+        # Rounding errors of attention are relative: beside one large value, small ones would tie.
         attention = tokens.signal("class_attention").detach().float()
+        attention = attention.clamp(min=torch.finfo(torch.float32).tiny).log()
         items = [
             self._item(clip.unflatten(0, shape), each.unflatten(0, shape), tokens.count)
             for clip, each in zip(tokens.features.detach(), attention, strict=True)
@@ -135,7 +137,13 @@ class HoliTom(Reducer):
         )
 
     def _item(self, clip: Tensor, attention: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """For one clip ``(T, P, D)``: where each token goes and its weight there, ``(T, P)``."""
+        """For one clip ``(T, P, D)``: where each token goes and its weight there, ``(T, P)``.
+
+        Args:
+            clip: ``(T, P, D)``.
+            attention: ``(T, P)``, its logarithm.
+            n: number of tokens.
+        """
         frames, places = attention.shape
         own = torch.arange(n, device=clip.device).reshape(frames, places)
         cosine = previous_cosine(clip[None])[0]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.clips import clips, structured_clip
+from support.clips import clips, peaked, structured_clip
 from support.clouds import quick
 from tokenreduce.errors import PipelineError, TokensError
 from tokenreduce.ops.density_peaks import density_peaks
@@ -80,7 +80,7 @@ def slow(x, attention, ratio, beta):
 @given(clips(max_frames=6, batches=1), st.integers(0, 100), st.sampled_from([0.25, 0.5, 0.75]))
 def test_oracle(clip, seed, ratio):
     shape = clip.features.shape[:3]
-    attention = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    attention = peaked(shape, seed)
     tokens = clip.tokens(class_attention=attention)
     reduction = HoliTom(keep_ratio=ratio, official=True)
     wanted = slow(clip.features[0], attention[0], ratio, 0.6)

@@ -58,3 +58,9 @@ def clips(draw, *, max_frames=9, max_side=4, batches=2, min_channels=1):
     elif kind in ("zeros", "equal"):
         features = torch.full_like(features, float(kind == "equal"))
     return Clip(features, grid)
+
+
+def peaked(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Attention of a few tokens and little else, as encoders give it: it sums to one."""
+    generator = torch.Generator().manual_seed(seed)
+    return (5 * torch.randn(shape, generator=generator)).softmax(-1)
