@@ -57,7 +57,12 @@ def test_oracle(n, gamma, seed, data):
 
 @pytest.mark.parametrize(
     ("n", "channels", "k", "noise", "seed"),
-    [(400, 24, 300, 0.3, 18), (400, 24, 300, 1.0, 7), (211, 48, 126, 1.0, 20), (97, 128, 24, 0.3, 0)],
+    [
+        (400, 24, 300, 0.3, 18),
+        (400, 24, 300, 1.0, 7),
+        (211, 48, 126, 1.0, 20),
+        (97, 128, 24, 0.3, 0),
+    ],
 )
 def test_equals_the_official_arithmetic(n, channels, k, noise, seed):
     generator = torch.Generator().manual_seed(seed)
