@@ -17,7 +17,7 @@ Algorithm, with a budget of k:
 
 Shapes: features ``(B, N, D)``, class attention ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N^2 D)
 for the Gram matrix, O(N k D) for the components, O(N) for each survivor of the largest group.
-Beyond 16384 tokens the last is O(N D) instead, and there is no Gram matrix.
+Beyond 16384 tokens there is no Gram matrix: O(s^2 D) for each group of s tokens.
 
 Deviations from the official code: its components come from a randomized algorithm; here the same
 subspace iteration starts from fixed numbers, so that equal content gives equal tokens. Its budget
@@ -56,6 +56,10 @@ from tokenreduce.tokens import VisualTokens
 GRAM_LIMIT = 16384
 #: Subspace iterations, as many as the official code runs.
 ITERATIONS = 2
+#: Tokens of a group that are compared with the others at once where there is no Gram matrix.
+BLOCK = 256
+#: No cosine is larger, errors of rounding included.
+LARGEST_COSINE = 1.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +123,20 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
     lengths = torch.linalg.vector_norm(table, dim=2)
     pairs = total - lengths.square().sum(1, dtype=torch.float64)
     threshold = (factor * pairs / (n * (n - 1)))[:, None]
-    held = n <= GRAM_LIMIT
-    if held:
-        # The unit vectors are not needed beside their Gram matrix.
-        table = gram_matrix(table)
+    if bool((threshold > LARGEST_COSINE).all()):
+        return torch.ones(batch, n, dtype=torch.bool, device=features.device)
+    order = attention.argsort(dim=1, descending=True, stable=True)
+    if n > GRAM_LIMIT:
+        return torch.stack(
+            [
+                _suppress_in_blocks(*each)
+                for each in zip(table, order, groups, threshold, strict=True)
+            ]
+        )
+    # The unit vectors are not needed beside their Gram matrix.
+    table = gram_matrix(table)
     item = torch.arange(batch, device=features.device)[:, None]
     place = torch.arange(n, device=features.device).expand(batch, n)
-    order = attention.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, place)
     survives = torch.zeros(batch, n, dtype=torch.bool, device=features.device)
     alive = torch.ones_like(survives)
@@ -134,10 +145,40 @@ def suppress(features: Tensor, attention: Tensor, groups: Tensor, *, factor: flo
         first.scatter_reduce_(1, groups, rank.masked_fill(~alive, n), "amin")
         mine = first.gather(1, groups)
         pick = order.gather(1, mine.clamp(max=n - 1))
-        cosine = table[item, place, pick] if held else (table * table[item, pick]).sum(2)
+        cosine = table[item, place, pick]
         newest = alive & (mine == rank)
         survives |= newest
         alive &= ~newest & (cosine <= threshold + TIE_TOLERANCE)
+    return survives
+
+
+def _suppress_in_blocks(unit: Tensor, order: Tensor, groups: Tensor, threshold: Tensor) -> Tensor:
+    """Which tokens of one item survive, group by group.
+
+    Args:
+        unit: ``(N, D)`` unit vectors.
+        order: ``(N,)`` the tokens from the most attended on.
+        groups: ``(N,)`` non-negative integers.
+        threshold: ``(1,)``.
+
+    Returns:
+        ``(N,)`` booleans.
+    """
+    survives = torch.ones_like(groups, dtype=torch.bool)
+    order = order[groups[order].argsort(stable=True)]
+    for members in order.split(torch.bincount(groups).tolist()):
+        alive = survives[members]
+        for begin in range(0, len(members), BLOCK):
+            open_ = begin + alive[begin : begin + BLOCK].nonzero().squeeze(1)
+            close = unit[members[open_]] @ unit[members[begin:]].T > threshold + TIE_TOLERANCE
+            within = close[:, open_ - begin].triu(1)
+            stays = torch.ones_like(open_, dtype=torch.bool)
+            for own in range(len(open_)):
+                if stays[own]:
+                    stays &= ~within[own]
+            alive[open_] = stays
+            alive[begin + BLOCK :] &= ~close[stays, BLOCK:].any(0)
+        survives[members] = alive
     return survives
 
 
