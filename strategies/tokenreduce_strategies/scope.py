@@ -10,8 +10,7 @@ Algorithm, with cosines s_ij and class attention a_j:
 
 Shapes: features ``(B, N, D)``, class attention ``(B, N)`` -> picks ``(B, k)`` -> kept
 ``(B, k, D)``. Cost: O(N^2 D) for the Gram matrix, then O(N) for each evaluation of a token; since
-gains only shrink, a few evaluations for each pick find the best one. Beyond 16384 tokens no N x N
-matrix is held: O(N^2 D) once, and O(N D) for each evaluation.
+gains only shrink, a few evaluations for each pick find the best one. Above 16384 tokens it refuses.
 
 Deviations from the official code: it evaluates every token for every pick, which finds the same
 ones; it reduces the encoder's output before the projector, here projected features are compared;
@@ -34,6 +33,7 @@ Published: Qwen2.5-VL-7B, 11 columns, in percent of the full model: 92.51 at 25%
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -42,11 +42,9 @@ from torch import Tensor
 from tokenreduce.errors import PipelineError
 from tokenreduce.ops import gather_tokens, gram_matrix, unit_vectors
 from tokenreduce.ops.coverage import greedy_coverage
+from tokenreduce.ops.limits import MATRIX_LIMIT, require_matrix
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
-
-#: Most tokens whose Gram matrix is held: 16384 need 1 GiB.
-GRAM_LIMIT = 16384
 
 Combine = Literal["multiply", "add"]
 
@@ -77,6 +75,12 @@ class Scope(Selector):
             )
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        """Pick the tokens that cover most.
+
+        Raises:
+            TokensError: above 16384 tokens.
+        """
+        require_matrix(tokens.count, "coverages")
         features = tokens.features.detach()
         attention = tokens.signal("class_attention").detach().float()
         if self.combine == "multiply":
@@ -84,22 +88,13 @@ class Scope(Selector):
             attention = attention / peak
         saliency = attention**self.alpha
         # As many items at once as fit into one Gram matrix of the largest size.
-        together = max(1, GRAM_LIMIT**2 // tokens.count**2)
+        together = max(1, MATRIX_LIMIT**2 // tokens.count**2)
         parts = zip(features.split(together), saliency.split(together), strict=True)
         return torch.cat([self._pick(part, weight, k) for part, weight in parts])
 
     def _pick(self, features: Tensor, saliency: Tensor, k: int) -> Tensor:
         """Greedy picks ``(b, k)`` of items ``(b, N, D)`` with saliency ``(b, N)``."""
-        table = unit_vectors(features)
-        held = table.shape[1] <= GRAM_LIMIT
-        if held:
-            # The unit vectors are not needed beside their Gram matrix.
-            table = gram_matrix(table)
-
-        def cover(ask: Tensor) -> Tensor:
-            rows = gather_tokens(table, ask)
-            return rows if held else rows @ table.mT
-
+        cover = partial(gather_tokens, gram_matrix(unit_vectors(features)))
         if self.combine == "multiply":
             return greedy_coverage(cover, k, weight=saliency)
         return greedy_coverage(cover, k, weight=torch.ones_like(saliency), bonus=saliency)

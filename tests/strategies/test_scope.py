@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from support.clouds import clouds, quick
 from tokenreduce import VisualTokens
-from tokenreduce.errors import PipelineError
-from tokenreduce_strategies import scope
+from tokenreduce.errors import PipelineError, TokensError
+from tokenreduce.ops import limits
 from tokenreduce_strategies.scope import Scope
 
 TIE = 2.5e-7
@@ -54,11 +54,11 @@ def test_oracle(cloud, data):
     assert picks.tolist() == expected
 
 
-def test_without_a_gram_matrix(monkeypatch):
-    tokens = tokens_of(torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0)), 0)
-    whole = Scope(keep=12).select(tokens, 12)
-    monkeypatch.setattr(scope, "GRAM_LIMIT", 69)
-    assert Scope(keep=12).select(tokens, 12).equal(whole)
+def test_too_many_tokens_are_refused(monkeypatch):
+    tokens = tokens_of(torch.randn(1, 70, 16, generator=torch.Generator().manual_seed(0)), 0)
+    monkeypatch.setattr(limits, "MATRIX_LIMIT", 69)
+    with pytest.raises(TokensError, match="coverages of 70 tokens"):
+        Scope(keep=12)(tokens)
 
 
 @pytest.mark.parametrize("options", [{"alpha": -1.0}, {"combine": "divide"}])
