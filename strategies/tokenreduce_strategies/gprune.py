@@ -46,6 +46,8 @@ from tokenreduce.tokens import VisualTokens
 GRAM_LIMIT = 16384
 #: Entries of one tile: 512 Ki float32 values, 2 MiB, which stay in a processor's cache.
 TILE_ENTRIES = 1 << 19
+#: Rows of the Gram matrix that are computed together where it is not held.
+ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +89,24 @@ class GPrune(Scorer):
         unit = unit_vectors(features)
         information: Tensor = torch.linalg.vector_norm(features, dim=2)
         rows = max(1, TILE_ENTRIES // (batch * n))
-        held: tuple[Tensor, ...] = ()
-        if n <= GRAM_LIMIT:
-            held = gram_matrix(unit).split(rows, dim=1)
+        held = n <= GRAM_LIMIT
+        if held:
             # The unit vectors are not needed beside their Gram matrix.
+            gram = gram_matrix(unit)
             del unit
-        totals, degrees = [], []
+        totals, degrees = torch.empty_like(information), torch.empty_like(information)
         for iteration in range(self.iterations):
             arriving = torch.zeros_like(information)
-            for tile, start in enumerate(range(0, n, rows)):
-                edges = held[tile] if held else unit[:, start : start + rows] @ unit.mT
+            tiles = (gram,) if held else (part @ unit.mT for part in unit.split(ROWS, dim=1))
+            end = 0
+            for edges in (edges for tile in tiles for edges in tile.split(rows, dim=1)):
+                own = slice(end, end := end + edges.shape[1])
                 if iteration == 0 or not held:
-                    total, degree = self._weigh(edges)
-                    totals.append(total)
-                    degrees.append(degree)
-                leaving = information[:, start : start + rows] / totals[tile]
+                    totals[:, own], degrees[:, own] = self._weigh(edges)
+                leaving = information[:, own] / totals[:, own]
                 arriving += (leaving[:, None] @ edges).squeeze(1)
             information = arriving
-        return information / torch.cat(degrees, dim=1)[:, :n].clamp(min=1)
+        return information / degrees.clamp(min=1)
 
     def _weigh(self, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines ``(b, n, N)`` become weights, up to a factor for each row.
