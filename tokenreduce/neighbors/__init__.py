@@ -36,7 +36,9 @@ class NeighborBackend(Protocol):
         """As :func:`nearest`."""
         ...
 
-    def nearest_earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_earlier(
+        self, features: Tensor, rows: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As :func:`nearest_earlier`."""
         ...
 
@@ -82,7 +84,7 @@ def nearest(
 
 
 def nearest_earlier(
-    features: Tensor, rows: Tensor, *, backend: str = "auto"
+    features: Tensor, rows: Tensor, *, asked: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The most similar earlier token (cosine) of each of some tokens of an item.
 
@@ -92,12 +94,13 @@ def nearest_earlier(
     Args:
         features: ``(N, D)``.
         rows: ``(n,)`` indices of the tokens, in their order.
+        asked: ``(m,)`` places in ``rows``, ascending, of the tokens that search; all if omitted.
         backend: a registered backend, or ``"auto"``.
 
     Returns:
         cosine ``(n,)`` float32 and place ``(n,)`` in ``rows`` of the token found; the first token,
-        which has none before it, gets ``-inf`` and -1. The exact backend gives ties to the lowest
-        place.
+        which has none before it, and those that were not asked about get ``-inf`` and -1. The
+        exact backend gives ties to the lowest place.
 
     Raises:
         TokensError: if shapes do not fit.
@@ -109,9 +112,11 @@ def nearest_earlier(
             "features (N, D) and rows (n,) are needed, got "
             f"{tuple(features.shape)} and {tuple(rows.shape)}."
         )
-    # On average half of the tokens lie before a token.
-    search = _resolve(backend, rows.shape[0] // 2, features.device.type)
-    return search.nearest_earlier(features, rows)
+    if asked is None:
+        asked = rows.new_ones(len(rows)).cumsum(0) - 1
+    # Comparisons for each key: half of the tokens, on average, lie before a token.
+    search = _resolve(backend, int(asked.sum()) // max(1, len(rows)), features.device.type)
+    return search.nearest_earlier(features, rows, asked)
 
 
 def choose_backend(keys: int, device: str) -> str:

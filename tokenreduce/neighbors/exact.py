@@ -27,20 +27,25 @@ class ExactSearch:
         """See :func:`tokenreduce.neighbors.nearest`."""
         return nearest_exact(queries, keys, k, metric=metric, exclude_self=exclude_self)
 
-    def nearest_earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_earlier(
+        self, features: Tensor, rows: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`tokenreduce.neighbors.nearest_earlier`."""
-        count = rows.shape[0]
-        value = torch.full((count,), -torch.inf, device=rows.device)
+        value = torch.full(rows.shape, -torch.inf, device=rows.device)
         index = torch.full_like(rows, -1)
-        for start in range(0, count, TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
+        for start in range(0, len(asked), TILE_ROWS):
+            tile = asked[start : start + TILE_ROWS]
+            first, last = int(tile[0]), int(tile[-1])
             queries = directions(features[rows[tile]])
-            value[tile], index[tile] = earlier_within(queries, start)
-            for before in range(0, start, TILE_COLUMNS):
-                earlier = rows[before : min(start, before + TILE_COLUMNS)]
-                cosine = queries @ directions(features[earlier]).T
+            for before in range(0, last, TILE_COLUMNS):
+                places = torch.arange(before, min(last, before + TILE_COLUMNS), device=rows.device)
+                cosine = queries @ directions(features[rows[places]]).T
+                if before + TILE_COLUMNS > first:
+                    cosine.masked_fill_(places >= tile[:, None], -torch.inf)
                 found = first_argmax(cosine, scale=1.0)
-                nearer(cosine.gather(1, found[:, None])[:, 0], found + before, value, index, tile)
+                near = cosine.gather(1, found[:, None])[:, 0]
+                found = (found + before).masked_fill(near == -torch.inf, -1)
+                nearer(near, found, value, index, tile)
         return value, index
 
 
@@ -53,7 +58,7 @@ def earlier_within(unit: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return value, (found + start).masked_fill(value == -torch.inf, -1)
 
 
-def nearer(value: Tensor, index: Tensor, best: Tensor, where: Tensor, tile: slice) -> None:
+def nearer(value: Tensor, index: Tensor, best: Tensor, where: Tensor, tile: slice | Tensor) -> None:
     """Note neighbours that are nearer than the best so far, or as near and earlier."""
     gain = value - best[tile]
     better = (gain > TIE_TOLERANCE) | ((gain >= -TIE_TOLERANCE) & (index < where[tile]))

@@ -63,9 +63,9 @@ class NeighborSubject:
         """The search of a new instance."""
         return self.factory().nearest(queries, keys, k, metric=metric, exclude_self=exclude_self)
 
-    def earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def earlier(self, features: Tensor, rows: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """The search for earlier tokens of a new instance."""
-        return self.factory().nearest_earlier(features, rows)
+        return self.factory().nearest_earlier(features, rows, asked)
 
 
 NEIGHBOR_CHECKS: Checks[NeighborSubject] = Checks()
@@ -196,7 +196,7 @@ def check_no_mutation(subject: NeighborSubject) -> None:
     for metric in METRICS:
         subject.nearest(queries, keys, metric=metric)
         subject.nearest(keys, keys, metric=metric, exclude_self=True)
-    subject.earlier(keys[0], rows)
+    subject.earlier(keys[0], rows, torch.arange(len(rows)))
     for name, tensor, kept in zip(
         ("queries", "keys", "rows"), (queries, keys, rows), before, strict=True
     ):
@@ -265,33 +265,42 @@ def check_degenerate(subject: NeighborSubject) -> None:
 
 @NEIGHBOR_CHECKS.add("earlier", after=("interface",))
 def check_earlier(subject: NeighborSubject) -> None:
-    """Each token of the given rows finds the most similar one before it, by its place in them."""
+    """Each token asked about finds the most similar one before it, by its place in the rows."""
     features = _cloud(150, WIDTH)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
-    for name, rows in (
-        ("all rows", torch.arange(150)),
-        ("every second row", torch.arange(0, 150, 2)),
-        ("rows out of order", order[:80]),
-        ("one row", torch.tensor([7])),
+    for name, rows, step in (
+        ("all rows", torch.arange(150), 1),
+        ("every second row", torch.arange(0, 150, 2), 1),
+        ("rows out of order", order[:80], 1),
+        ("one row", torch.tensor([7]), 1),
+        ("one in three asked", order[:80], 3),
     ):
-        values, places = subject.earlier(features, rows)
         count = len(rows)
+        asked = torch.arange(0, count, step)
+        values, places = subject.earlier(features, rows, asked)
         if tuple(values.shape) != (count,) or tuple(places.shape) != (count,):
             fail(f"returned shapes {tuple(values.shape)} and {tuple(places.shape)} ({name})")
-        if float(values[0]) != -torch.inf or int(places[0]) != -1:
-            fail(f"gave the first token, which has none before it, a neighbour ({name})")
-        later = torch.arange(1, count)
-        if bool((places[1:] < 0).any() | (places[1:] >= later).any()):
+        later = asked[1:]
+        silent = torch.ones(count, dtype=torch.bool).index_fill(0, later, False)
+        if bool((values[silent] != -torch.inf).any() | (places[silent] != -1).any()):
+            fail(
+                "gave the first token, which has none before it, or one that was not asked about, "
+                f"a neighbour ({name})"
+            )
+        values, places = values[later], places[later]
+        if bool((places < 0).any() | (places >= later).any()):
             fail(
                 f"returned places that are not before the token's own in rows ({name}): they count "
                 "places in rows, not tokens"
             )
         cosine = _all_pairs(features[rows], features[rows], "cosine")
-        true = cosine[later, places[1:]]
-        if not torch.allclose(values[1:].double(), true, atol=TOLERANCE):
+        true = cosine[later, places]
+        if not torch.allclose(values.double(), true, atol=TOLERANCE):
             fail(f"returned values that are not the cosine to the token found ({name})")
         cosine = cosine.masked_fill(torch.ones_like(cosine).triu().bool(), -torch.inf)
-        share = float((true >= cosine.amax(1)[1:] - TOLERANCE).double().mean()) if count > 1 else 1
+        share = (
+            float((true >= cosine.amax(1)[later] - TOLERANCE).double().mean()) if count > 1 else 1
+        )
         if share < subject.recall:
             fail(f"found {share:.1%} of the nearest ({name}), expected {subject.recall:.0%}")
 

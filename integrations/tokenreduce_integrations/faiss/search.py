@@ -70,7 +70,9 @@ class FaissSearch(ABC):
             places.append(place)
         return torch.stack(values), torch.stack(places)
 
-    def nearest_earlier(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_earlier(
+        self, features: Tensor, rows: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`tokenreduce.neighbors.nearest_earlier`."""
         features = features.detach()
         count = len(rows)
@@ -86,19 +88,29 @@ class FaissSearch(ABC):
             del fitted
         value = torch.full((count,), -torch.inf, device=features.device)
         place = torch.full_like(rows, -1)
+        silent = torch.ones_like(rows, dtype=torch.bool)
+        silent[asked] = False
         for start in range(0, count, BLOCK):
             block = slice(start, start + BLOCK)
             unit = directions(features[rows[block]])
             key = unit_vectors(unit @ basis)
+            searching = (~silent[block]).nonzero()[:, 0]
+            if start == 0 or not len(searching):
+                index.add(_given(key))
+            if not len(searching):
+                continue
             value[block], place[block] = earlier_within(unit, start)
             if start == 0:
-                index.add(_given(key))
                 continue
-            for proposal in self.propose(index, key, 1 + SPARE).T:
+            unit, own = unit[searching], start + searching
+            for proposal in self.propose(index, key, searching, 1 + SPARE).T:
                 near = _cosine(unit, features[rows[proposal.clamp(min=0)]])
                 near.masked_fill_(proposal < 0, -torch.inf)
-                nearer(near, proposal, value, place, block)
-        for alone in (place < 0).nonzero()[1:, 0].tolist():
+                nearer(near, proposal, value, place, own)
+        value.masked_fill_(silent, -torch.inf)
+        place.masked_fill_(silent, -1)
+        silent[:1] = True
+        for alone in ((place < 0) & ~silent).nonzero()[:, 0].tolist():
             # First of its block, and the lists that were probed were empty.
             own = directions(features[rows[alone]])
             cosine = cosine_to(features, rows[:alone], own)
@@ -106,12 +118,19 @@ class FaissSearch(ABC):
             value[alone] = cosine[place[alone]]
         return value, place
 
-    def propose(self, index: Any, vectors: Tensor, k: int) -> Tensor:
-        """Places ``(Q, k)`` of what an index holds that is like these vectors, which then join it.
+    def propose(self, index: Any, vectors: Tensor, searching: Tensor, k: int) -> Tensor:
+        """Places of what an index holds that is like some vectors, before all of them join it.
 
-        -1 where there are fewer.
+        Args:
+            index: of the tokens before.
+            vectors: ``(N, D)``.
+            searching: ``(Q,)`` which of them search.
+            k: how many places.
+
+        Returns:
+            ``(Q, k)``, -1 where there are fewer.
         """
-        found = _search(index, vectors, k)
+        found = _search(index, vectors[searching], k)
         index.add(_given(vectors))
         return found
 
@@ -160,13 +179,13 @@ class InvertedListSearch(FaissSearch):
         index.cp.niter, index.cp.min_points_per_centroid = FIT_PASSES, 1
         return index
 
-    def propose(self, index: Any, vectors: Tensor, k: int) -> Tensor:
+    def propose(self, index: Any, vectors: Tensor, searching: Tensor, k: int) -> Tensor:
         """See :meth:`FaissSearch.propose`; the lists near a vector are looked up once for both."""
         if vectors.is_cuda:
-            return super().propose(index, vectors, k)
-        given = vectors.numpy()
+            return super().propose(index, vectors, searching, k)
+        given, asked = vectors.numpy(), searching.numpy()
         likeness, lists = index.quantizer.search(given, index.nprobe)
-        found = index.search_preassigned(given, k, lists, likeness)[1]
+        found = index.search_preassigned(given[asked], k, lists[asked], likeness[asked])[1]
         own = lists[:, 0].copy()
         index.add_core(len(given), faiss.swig_ptr(given), None, faiss.swig_ptr(own))
         return torch.as_tensor(found)
