@@ -129,5 +129,16 @@ def register_signals(register: Register) -> None:
             "what the same strategy scored the tokens that a stream holds, NaN for new ones; no "
             "strategy needs it",
         ),
+        (
+            "seen_direction",
+            ("batch", "channels"),
+            "mean direction of all tokens that were fed to a stream; no strategy needs it",
+        ),
+        (
+            "former_groups",
+            ("batch", "tokens"),
+            "numbers of what the tokens that a stream holds were merged into, equal for those that "
+            "belong together; no strategy needs it",
+        ),
     ):
         register(name, dims=dims, meaning=meaning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from tokenreduce.budget import Budget
 from tokenreduce.errors import BudgetError, MissingSignal, TokensError
-from tokenreduce.ops.merging import merge_tokens
-from tokenreduce.reduction import Reduction
+from tokenreduce.ops.merging import MergeWeights, merge_tokens
+from tokenreduce.ops.tracks import mean_direction
+from tokenreduce.reduction import DROPPED, Reduction
 from tokenreduce.tokens import Layout, VisualTokens
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ WINDOW = 16384
 #: Most channels, and the least part of all channels, that are merged at once.
 CHANNELS, PARTS = 32, 32
 
+#: A last frame is held that is at most one part in so many of what a window has room for.
+PART = 8
+
 
 class TokenStream:
     """Holds at most ``budget`` tokens of the frames fed so far, and a window of new ones.
@@ -31,9 +36,11 @@ class TokenStream:
     together to the budget, by the strategy itself, with sizes that say what each token stands for
     and with the scores that it gave to what is held. Up to ``budget`` tokens and three quarters of
     the window the result is that of the whole clip at once; beyond, the strategy sees earlier
-    frames through the tokens that it kept of them, as they arrived. What merges into those is
-    carried beside them, weighted as the strategy says. How frames are cut into calls of
-    :meth:`feed` does not matter.
+    frames through the tokens that it kept of them, as they arrived, and is told the mean direction
+    of all that was fed. What merges into those is carried beside them, weighted as the strategy
+    says. The last frame of a window, unless it is large, is held whole until the next is reduced,
+    since what it shows goes on there; the strategy is told what each of its tokens belongs to. How
+    frames are cut into calls of :meth:`feed` does not matter.
 
     Memory: never more than two budgets and the window, if that is at least three budgets, for what
     is held, what merged into it, what is new, the result of :meth:`tokens`, and a quarter of the
@@ -91,11 +98,14 @@ class TokenStream:
         self._most = budget + max(0, spare - 2 * budget) // 4
         # Rows in use: while nothing merged, and since.
         self._rows = budget + spare, max(budget + spare, 2 * self._most + max(1, spare // 2))
-        # What is held and new begins at row 0, or, where what merged lies before it, at `_most`.
-        self._held = self._merged = 0
+        # What is held and new begins at row 0, or behind what merged. The first `_known` of it went
+        # through the strategy before.
+        self._held = self._merged = self._known = 0
+        self._direction: Tensor | None = None
         self._features: Tensor | None = None
         self._coords = torch.zeros(self._rows[1], 4, dtype=torch.long)
         self._positions = torch.zeros(self._rows[1], dtype=torch.long)
+        self._groups = torch.zeros(self._rows[1], dtype=torch.long)
         self._sizes = torch.ones(self._rows[1])
         self._scores = torch.full(self._rows[1:], torch.nan)
 
@@ -118,10 +128,10 @@ class TokenStream:
         frame = len(layout) // (int(layout.coords[-1, 1]) + 1)
         done = 0
         while done < len(features):
-            begin, end = self._begin, self._rows[self._merged > 0]
+            begin, end, columns = self._merged, self._rows[self._merged > 0], 1 + bool(self._merged)
             room = end - begin - self._held
             # A window ends with a frame, unless a frame is larger than a window.
-            fits = room if frame > end - begin - self._most else room // frame * frame
+            fits = room if frame > end - columns * self._most else room // frame * frame
             count = min(fits, len(features) - done)
             if count == 0:
                 self._reduce()
@@ -130,6 +140,7 @@ class TokenStream:
             space[begin:][new] = features[given].detach()
             self._coords[new], self._sizes[new] = coords[given], 1
             self._positions[new] = torch.arange(self.seen, self.seen + count)
+            self._groups[new] = self._positions[new]
             self._scores[new] = torch.nan
             self._held, done, self.seen = self._held + count, done + count, self.seen + count
         self.frames += int(layout.coords[-1, 1]) + 1
@@ -149,11 +160,10 @@ class TokenStream:
         features = space.new_empty(count, space.shape[1])
         for channels in self._blocks():
             features[:, channels] = self._outputs(channels, reduction)
-        sizes, layout = held.sizes.clone(), held.layout
+        sizes, rows = held.sizes.clone(), torch.arange(self._held)
         if reduction is not None:
-            sizes = reduction.group_sizes(held.sizes)
-            layout = layout.select(reduction.positions[0])
-        return VisualTokens(features[None], layout, sizes=sizes)
+            sizes, rows = reduction.group_sizes(held.sizes), reduction.positions[0]
+        return VisualTokens(features[None], held.layout.select(rows), sizes=sizes)
 
     def positions(self) -> Tensor:
         """``(M,)`` which of the tokens fed so far those of :meth:`tokens` stand at, ascending."""
@@ -179,6 +189,15 @@ class TokenStream:
         reduction = self._choose(held, self._most)
         if reduction is None:
             return
+        numbers = self._groups[: self._held]
+        joined, at = (rows[0].cpu() for rows in (reduction.assignment, reduction.positions))
+        self._groups[: self._held] = torch.where(
+            joined < 0, self._positions[: self._held], numbers[at][joined]
+        )
+        t = self._coords[: self._held, 1]
+        last = t == t[-1]
+        if PART * int(last.sum()) <= self._rows[1] - 2 * self._most:
+            reduction = _apart(reduction, last)
         kept, count = reduction.positions[0], reduction.kept
         merged = count if self._merged or not reduction.gathers else 0
         left, rows = slice(count), kept.cpu()
@@ -186,15 +205,16 @@ class TokenStream:
         if reduction.scores is not None:
             # Before features move: scores may be a view of them.
             self._scores[: self._held] = reduction.scores[0].float().cpu()
-        for column in (self._coords, self._positions, self._scores):
+        for column in (self._coords, self._positions, self._groups, self._scores):
             column[left] = column[rows]
-        features, begin = self._room(), self._most if merged else 0
+        self._direction = self._mean_direction()
+        features, begin = self._room(), merged
         for channels in self._blocks():
             own = self._arrived(channels)[kept]
             if merged:
                 features[:merged, channels] = self._outputs(channels, reduction)
             features[begin : begin + count, channels] = own
-        self._held, self._merged = count, merged
+        self._held, self._merged, self._known = count, merged, count
 
     def _outputs(self, channels: slice, reduction: Reduction | None) -> Tensor:
         """Some channels of what a reduction leaves, with all that merged into it."""
@@ -209,7 +229,7 @@ class TokenStream:
 
     def _arrived(self, channels: slice) -> Tensor:
         """Some channels of what is held and what is new, as it arrived."""
-        return self._room()[self._begin : self._begin + self._held, channels]
+        return self._room()[self._merged : self._merged + self._held, channels]
 
     def _blocks(self) -> Iterator[slice]:
         """The channels, a few at a time."""
@@ -217,13 +237,12 @@ class TokenStream:
         width = min(CHANNELS, max(1, count // PARTS))
         return (slice(start, start + width) for start in range(0, count, width))
 
-    @property
-    def _begin(self) -> int:
-        return self._most if self._merged else 0
-
     def _gathered(self) -> VisualTokens:
         features = self._arrived(slice(self._channels))[None]
         signals = {}
+        if self._known:
+            signals["seen_direction"] = self._mean_direction()
+            signals["former_groups"] = self._groups[None, : self._held].to(features.device)
         if not bool(self._scores[: self._held].isnan().all()):
             signals["former_scores"] = self._scores[None, : self._held].to(features.device)
         return VisualTokens(
@@ -234,6 +253,14 @@ class TokenStream:
             # What the strategy would make of tokens as they arrived is of no use: see `_outputs`.
             values=features[..., :1],
         )
+
+    def _mean_direction(self) -> Tensor:
+        """``(1, D)`` mean direction of all tokens fed so far."""
+        new = self._arrived(slice(self._channels))[self._known :]
+        mean = mean_direction(new, torch.ones(1, len(new), device=new.device))
+        if self._direction is None:
+            return mean
+        return self._direction.lerp(mean, len(new) / self.seen)
 
     def _room(self) -> Tensor:
         if self._features is None:
@@ -250,3 +277,30 @@ class TokenStream:
         if given != expected:
             raise TokensError(f"the stream holds features of {expected}, and is fed {given}.")
         return self._features
+
+
+def _apart(reduction: Reduction, rows: Tensor) -> Reduction:
+    """The same reduction, but for the sources at ``rows`` ``(N,)``: each is an output of its own.
+
+    What is left of a group weighs as much as the whole did.
+    """
+    before = reduction.positions[0]
+    alone = rows.to(before.device).index_fill(0, before, False)
+    rank = alone.index_fill(0, before, True).cumsum(0) - 1
+    assignment = torch.where(reduction.assignment < 0, DROPPED, rank[before][reduction.assignment])
+    own = alone.nonzero()[:, 0]
+    assignment[0, own] = rank[own]
+    weights = reduction.weights
+    if weights is not None:
+        output, source, value = (column[0] for column in weights)
+        left = value.masked_fill(alone[source], 0)
+        whole, rest = (
+            value.new_zeros(reduction.kept).index_add(0, output, part) for part in (value, left)
+        )
+        weights = MergeWeights(
+            torch.cat([rank[before][output], rank[own]])[None],
+            torch.cat([source, own])[None],
+            torch.cat([left * (whole / rest)[output], left.new_ones(len(own))])[None],
+        )
+    positions = torch.cat([before, own]).sort().values[None]
+    return replace(reduction, positions=positions, assignment=assignment, weights=weights)

@@ -42,7 +42,8 @@ Algorithm, for N tokens and a budget of k:
         The others follow their links to one that stays, and join its group if they are redundant
         beside it, else they go.
     In a stream, a token's novelty is the least that was found while it was held: what it was
-    compared with on its arrival may be gone.
+    compared with on its arrival may be gone. The last frame of a window is held with what its
+    tokens belong to, so that runs of links go on in the next; m is that of all that was fed.
 
 Shapes: features ``(B, N, D)`` -> groups ``(B, N)`` and positions ``(B, k)`` -> ``(B, k, D)``. The
 count is exact for every layout. Protected tokens stand outside.
@@ -109,7 +110,16 @@ from tokenreduce.ops.covering import (
 )
 from tokenreduce.ops.links import follow_links
 from tokenreduce.ops.similarity import directions
-from tokenreduce.ops.tracks import between, cosine_to, mean_direction, track_cosine, tracks, tubes
+from tokenreduce.ops.tracks import (
+    between,
+    cosine_to,
+    first_of_equals,
+    mean_direction,
+    rejoin,
+    track_cosine,
+    tracks,
+    tubes,
+)
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import VisualTokens
@@ -158,52 +168,48 @@ class LFTR(Merger):
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
         order, linked = (t.to(tokens.features.device) for t in tracks(tokens.layout))
         long = _long(tokens.sizes)
-        one_by_one = bool(linked.any()) or long
-        former = tokens.signals.get("former_scores", tokens.sizes * torch.nan)
+        one_by_one = bool(linked.any()) or long or "former_groups" in tokens.signals
         # What remains after the temporal step differs between clips.
         step = 1 if one_by_one else max(1, RUN_TOKENS**2 // tokens.count**2)
         parts = []
         for start in range(0, tokens.batch, step):
-            features = tokens.features[start : start + step].detach()
-            sizes = tokens.sizes[start : start + step].float()
             if one_by_one:
-                parts.append(self._item(features[0], sizes, former[start], order, linked, k))
+                parts.append(self._item(tokens.item(start), order, linked, k))
             else:
-                unit = directions(features)
+                unit = directions(tokens.features[start : start + step].detach())
+                sizes = tokens.sizes[start : start + step].float()
                 groups, positions = self._run(unit, sizes, *_whole(unit, sizes), k)
-                parts.append((groups, positions, former[start : start + step]))
+                parts.append((groups, positions, sizes))
         groups, positions, scores = (torch.cat(column) for column in zip(*parts, strict=True))
         return Grouping(groups, positions=positions, scores=scores if long else None)
 
     def _item(
-        self,
-        features: Tensor,
-        sizes: Tensor,
-        former: Tensor,
-        order: Tensor,
-        linked: Tensor,
-        k: int,
+        self, tokens: VisualTokens, order: Tensor, linked: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All three steps for one item ``(N, D)`` with sizes ``(1, N)``; see :func:`.tracks`."""
-        mean, n = mean_direction(features, sizes), order.numel()
+        """All three steps for one item; see :func:`.tracks`."""
+        features, sizes, signals = tokens.features[0].detach(), tokens.sizes.float(), tokens.signals
+        mean = signals.get("seen_direction")
+        mean = mean_direction(features, sizes) if mean is None else mean
         spread = _spread(mean)
         cosine = track_cosine(features, order, linked)
         repeats = cosine >= _least(spread, self.still)
-        if int(repeats.sum()) > n - k:
-            most = top_k_indices(cosine[None], n - k, scale=1.0)
+        everyone = torch.arange(tokens.count, device=features.device)
+        first = first_of_equals(signals.get("former_groups", everyone[None])[0])
+        spent = tokens.count - k - int((first != everyone).sum())
+        if int(repeats.sum()) > spent:
+            most = top_k_indices(cosine[None], spent, scale=1.0)
             repeats = torch.zeros_like(repeats).index_fill(0, most[0], True)
-        heads, tube = tubes(order, repeats)
-        tube = tube[None]
+        heads, tube = rejoin(*tubes(order, repeats), first)
         count = heads.numel()
-        weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube, sizes)
-        scores = former[None].clone()
+        weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube[None], sizes)
+        scores = signals.get("former_scores", sizes * torch.nan)[0, heads]
         if _long(sizes):
-            groups, positions = self._link(features, heads, weight[0], mean, scores[0], k)
+            groups, positions = self._link(features, heads, weight[0], mean, scores, k)
         else:
-            merge = group_weights(tube, sizes, count)
+            merge = group_weights(tube[None], sizes, count)
             unit = directions(merge_tokens(features[None], merge, count, dtype=torch.float32))
             groups, positions = self._run(unit, weight, *_whole(unit, weight), k)
-        return groups.gather(1, tube), heads[positions], scores
+        return groups[:, tube], heads[positions], scores[tube][None]
 
     def _link(
         self,
@@ -216,15 +222,20 @@ class LFTR(Merger):
     ) -> tuple[Tensor, Tensor]:
         """Steps 2' and 3' for the tokens at ``heads`` ``(n,)``, with ``sizes`` ``(n,)``.
 
-        Their distances to the nearest earlier token are noted in ``scores`` ``(N,)``.
+        Their distances to the nearest earlier token are noted in ``scores`` ``(n,)``; who stood
+        apart before still does, and does not search.
         """
         spread = _spread(mean)
-        cosine, link = nearest_earlier(features, heads, backend=self.neighbors)
+        known = 1 - DISTANCE_NOISE - scores
+        asked = ~(known < _least(spread, self.redundant))
+        cosine, link = nearest_earlier(
+            features, heads, asked=asked.nonzero()[:, 0], backend=self.neighbors
+        )
         cosine[0], link[0] = -1, 0
-        cosine = cosine.fmax(1 - DISTANCE_NOISE - scores[heads])
-        scores[heads] = cosine_distance(cosine)
+        cosine = torch.where(asked, cosine.fmax(known), known)
+        scores.copy_(cosine_distance(cosine))
         own = torch.arange(len(heads), device=heads.device)
-        novelty = scores[heads] / spread
+        novelty = scores / spread
         redundant = cosine >= _least(spread, self.redundant)
         score, scale = novelty, 1 / spread
         if int((~redundant).sum()) > k:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -81,12 +82,15 @@ def test_nothing_is_lost_of_what_merges() -> None:
 
 
 def test_what_was_asked_for_stays_what_it_is() -> None:
-    clip = frames(6)
-    stream = TOPK.stream(budget=200)
+    clip = frames(40)
+    stream = TOPK.stream(budget=20, window=64)
     stream.feed(clip[0], (4, 4))
-    tokens = stream.tokens()
-    stream.feed(clip[1], (4, 4))
+    tokens, positions = stream.tokens(), stream.positions()
+    for frame in clip[1:]:
+        stream.feed(frame, (4, 4))
     assert tokens.features[0].equal(clip[0])
+    assert tokens.layout == tr.Layout.from_grid((4, 4))
+    assert positions.equal(torch.arange(16))
 
 
 def test_norm_topk_is_exact_at_any_length() -> None:
@@ -180,8 +184,69 @@ def test_scores_come_back_with_what_is_held() -> None:
     assert tokens.count == 20
 
 
-def test_a_wrapper_can_be_fed() -> None:
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        tr.per_segment(TOPK, frames=4),
+        tr.per_segment(LFTR, frames=20),
+        tr.per_frame(tr.create_strategy("divprune")),
+        tr.per_tile(LFTR),
+    ],
+    ids=lambda reducer: f"{reducer.name} {reducer.inner.name}",
+)
+def test_a_wrapper_can_be_fed(reducer) -> None:
+    """It shares the budget among the frames of what is held and what is new."""
     clip = frames(40)
-    reducer = tr.per_segment(TOPK, frames=4)
-    tokens = fed(reducer, clip, budget=40, window=128).tokens()
+    stream = fed(reducer, clip, budget=40, window=128)
+    tokens = stream.tokens()
     assert tokens.features.shape == (1, 40, 16)
+    assert bool((stream.positions().diff() > 0).all())
+    assert float(tokens.sizes.sum()) <= 640
+
+
+def test_a_wrapper_that_runs_out_of_budget_says_so() -> None:
+    """Each frame of a clip keeps a token; one frame more than that cannot be shared among."""
+    reducer = tr.per_frame(TOPK)
+    assert fed(reducer, frames(40), budget=40, window=128).tokens().count == 40
+    with pytest.raises(BudgetError, match="cannot be shared among"):
+        fed(reducer, frames(80), budget=40, window=128)
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_chains_have_a_budget_of_their_own(count) -> None:
+    with pytest.raises(BudgetError, match="no budget of its own"):
+        fed(tr.chain(TOPK), frames(count), budget=40, window=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarters(Merger):
+    """Merges runs of equal length, and tells what the stream says of the tokens."""
+
+    told: ClassVar[list[dict[str, torch.Tensor]]] = []
+
+    def assign(self, tokens, k):
+        self.told.append({**tokens.signals, "t": tokens.coords[None, :, 1].clone()})
+        return (torch.arange(tokens.count) * k // tokens.count).expand(tokens.batch, -1)
+
+
+def test_the_last_frame_of_a_window_is_held_whole() -> None:
+    clip = frames(40)
+    Quarters.told.clear()
+    stream = fed(Quarters(), clip, budget=20, window=512)
+    tokens = stream.tokens()
+    assert tokens.count == 20
+    assert float(tokens.sizes.sum()) == 640
+    # What every token that ever came merged into is in a mean, and weighs what it should.
+    mean = (tokens.features * tokens.sizes[..., None]).sum(1) / 640
+    torch.testing.assert_close(mean[0], clip.flatten(0, 1).mean(0), rtol=1e-4, atol=1e-5)
+    first, second = Quarters.told[:2]
+    assert not first.keys() & {"former_groups", "seen_direction"}
+    last = int(first["t"].max())
+    frame = second["t"][0] == last
+    assert int(frame.sum()) == 16
+    # Its tokens that merged into others bear their numbers.
+    numbers = second["former_groups"][0]
+    assert numbers[frame].unique().numel() < 16
+    so_far = clip[: int(second["t"].max()) + 1].flatten(0, 1)
+    unit = torch.nn.functional.normalize(so_far, dim=1)
+    torch.testing.assert_close(second["seen_direction"][0], unit.mean(0), rtol=1e-4, atol=1e-6)

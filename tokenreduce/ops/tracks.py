@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tokenreduce.ops.links import follow_links
 from tokenreduce.ops.similarity import directions
 from tokenreduce.tokens import Layout
 
@@ -39,8 +40,9 @@ def track_cosine(features: Tensor, order: Tensor, linked: Tensor) -> Tensor:
         ``(N,)`` float32; ``-inf`` for tokens that follow none.
     """
     cosine = torch.full(order.shape, -torch.inf, device=features.device)
-    cosine[order[1:]] = between(features, order[1:], order[:-1])
-    return cosine.index_fill_(0, order[~linked], -torch.inf)
+    follows = linked.nonzero()[:, 0]
+    cosine[order[follows]] = between(features, order[follows], order[follows - 1])
+    return cosine
 
 
 def tubes(order: Tensor, repeats: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,28 @@ def tubes(order: Tensor, repeats: Tensor) -> tuple[Tensor, Tensor]:
     tube[order] = begins.cumsum(0) - 1
     heads, rank = order[begins].sort()
     return heads, rank.argsort()[tube]
+
+
+def rejoin(heads: Tensor, tube: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs as :func:`tubes` gives them, each joined to that of the token it belongs to.
+
+    Args:
+        heads: ``(n,)``.
+        tube: ``(N,)``.
+        first: ``(N,)`` the first token that each belongs together with.
+    """
+    runs = torch.arange(len(heads), device=heads.device)
+    end = follow_links(runs.scatter_reduce(0, tube, tube[first], "amin"))
+    own = end == runs
+    return heads[own], (own.cumsum(0) - 1)[end][tube]
+
+
+def first_of_equals(numbers: Tensor) -> Tensor:
+    """``(N,)`` index of the first token whose number is the same, for numbers ``(N,)``."""
+    value = numbers.unique(return_inverse=True)[1]
+    row = torch.arange(len(numbers), device=numbers.device)
+    first = torch.full_like(row, len(row)).scatter_reduce(0, value, row, "amin")
+    return first[value]
 
 
 def mean_direction(features: Tensor, sizes: Tensor) -> Tensor:
