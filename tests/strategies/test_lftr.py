@@ -1,6 +1,8 @@
 """LFTR against a slow oracle in the notation of its card, and what its card promises."""
 
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import tokenreduce_strategies.lftr as module
 from tokenreduce.errors import PipelineError, UnknownName
 from tokenreduce.neighbors import exact
 from tokenreduce.ops import tracks as ops_tracks
+from tokenreduce.testing.cost import peak_growth
 from tokenreduce.tokens import Layout, VisualTokens
 from tokenreduce_strategies.lftr import LFTR
 
@@ -414,3 +417,69 @@ def test_few_tokens_that_stand_for_many_are_linked(monkeypatch):
     again = reducer(known).scores
     torch.testing.assert_close(again[:, :20], 0.5 * scores[:, :20], rtol=1e-3, atol=1e-5)
     assert again[:, 20:].equal(scores[:, 20:])
+
+
+def long_clip(frames, side, channels, seed):
+    """The clip of the benchmark."""
+    path = Path(__file__).parents[2] / "benchmarks" / "synthetic_clip.py"
+    clip = runpy.run_path(str(path))["SyntheticClip"]
+    return torch.stack(list(clip(frames, side=side, channels=channels, seed=seed)))
+
+
+def share_kept(clip, k, window):
+    """Share of what LFTR keeps of a clip ``(T, H * W, D)`` that a stream of it keeps too."""
+    frames, place, channels = clip.shape
+    side = math.isqrt(place)
+    reducer = LFTR(keep=k, neighbors="torch")
+    whole = VisualTokens.from_grid(clip.view(-1, channels), (frames, side, side))
+    batch = set(reducer(whole).positions[0].tolist())
+    stream = reducer.stream(budget=k, window=window)
+    for frame in clip:
+        stream.feed(frame, (side, side))
+    return len(batch & set(stream.positions().tolist())) / k
+
+
+@pytest.mark.parametrize(
+    ("window", "least"), [(900, (0.9, 0.8, 0.7)), (1800, (0.94, 0.91, 0.9)), (3600, 3 * (0.95,))]
+)
+def test_what_a_stream_keeps_depends_little_on_its_window(monkeypatch, window, least):
+    """Windows of an eighth, a quarter and half of a clip; 8x, 16x and 32x."""
+    monkeypatch.setattr(module, "RUN_TOKENS", 256)
+    clip = long_clip(200, 6, 64, seed=5)
+    for reduction, share in zip((8, 16, 32), least, strict=True):
+        assert share_kept(clip, 7200 // reduction, window) >= share
+
+
+#: Least shares, as docs/long_video.md states them for clips of 65,536 tokens.
+RECALL = {
+    (8192, 16): 0.91, (8192, 32): 0.79, (8192, 64): 0.75,
+    (16384, 8): 0.9, (16384, 16): 0.94, (16384, 32): 0.93, (16384, 64): 0.91,
+    (32768, 8): 0.9, (32768, 16): 0.95, (32768, 32): 0.95, (32768, 64): 0.94,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [201, 202])
+def test_a_long_stream_keeps_what_the_page_states(seed):
+    clip = long_clip(256, 16, 1024, seed)
+    short = {
+        (window, reduction): share
+        for (window, reduction), least in RECALL.items()
+        if (share := share_kept(clip, 65_536 // reduction, window)) < least
+    }
+    assert not short
+
+
+def test_a_stream_needs_memory_for_two_budgets_and_its_window():
+    channels, budget, window = 512, 2048, 8192
+    clip = long_clip(80, 16, channels, seed=3)
+
+    def feed():
+        stream = LFTR(neighbors="torch").stream(budget=budget, window=window)
+        for number, frame in enumerate(clip):
+            stream.feed(frame, (16, 16))
+            if number % 32 == 31:
+                stream.tokens()
+
+    grown = peak_growth(feed)
+    assert grown is None or grown < (2 * budget + window) * 4 * channels
