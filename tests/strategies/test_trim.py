@@ -67,3 +67,17 @@ def test_official_counts():
     assert Trim(keep=64, official=True)(tokens).kept == 65
     classes = [Trim(official=o, **b).count_class for o in (False, True) for b in ({}, {"keep": 3})]
     assert classes == ["adaptive", "exact", "adaptive", "layout"]
+
+
+@pytest.mark.parametrize("budget", [{}, {"keep_ratio": 0.02}])
+def test_official_counts_may_be_none(budget):
+    # No outliers, or less than one token: everything flows into the mean.
+    cloud = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
+    signals = {
+        "joint_image_embeddings": torch.ones(2, 40, 6),
+        "joint_text_embeddings": torch.ones(2, 1, 6),
+    }
+    tokens = VisualTokens.from_grid(cloud, (5, 8), signals=signals)
+    reduction = Trim(official=True, **budget)(tokens)
+    assert reduction.synthetic.tolist() == [[True], [True]]
+    torch.testing.assert_close(reduction.features, cloud.mean(1, keepdim=True))
