@@ -77,7 +77,8 @@ def test_slow_and_wasteful_strategies_are_caught(small):
 
 def test_costs_are_measured_on_request(small):
     names = {result.check for result in run_checks(NormTopK)}
-    assert names.isdisjoint({"cost", "frames", "memory"})
+    assert names.isdisjoint({"cost", "frames", "memory", "matrix-limit"})
     results = {result.check: result for result in run_checks(NormTopK, slow=True)}
     assert results["frames"].outcome == "does not apply"
     assert results["memory"].ok
+    assert results["matrix-limit"].ok

@@ -11,8 +11,11 @@ from tokenreduce import Reduction, VisualTokens
 from tokenreduce.capabilities import StrategyRecord
 from tokenreduce.errors import BudgetError, RegistrationError, UnknownName
 from tokenreduce.ops import MergeWeights
+from tokenreduce.ops.limits import require_matrix
 from tokenreduce.reducer import Grouping, Merger, Reducer, Scorer, Selector
 from tokenreduce.testing import CHECKS, CheckFailed, parametrize_checks, run_checks
+from tokenreduce.testing.check import Problem
+from tokenreduce.testing.subject import Subject
 from tokenreduce.wrappers import PerFrame
 
 BROKEN = Defects(dataclass(frozen=True, kw_only=True))
@@ -343,6 +346,39 @@ class DoesWithoutItsSignal(registered_as(needs=("class_attention",)), Good):
         return super().__call__(bare)
 
 
+def is_clip(tokens):
+    return tokens.grid is not None and tokens.grid[0] > 1
+
+
+@caught_by("layouts")
+class ComparesClipsOfABatch(Good):
+    def score(self, tokens):
+        usual = tokens.features.float().mean(0, keepdim=True) if is_clip(tokens) else 0
+        return (tokens.features.float() - usual).norm(dim=-1)
+
+
+@caught_by("everywhere")
+class WritesIntoClips(Good):
+    def score(self, tokens):
+        if is_clip(tokens):
+            tokens.sizes.add_(1)
+        return norms(tokens)
+
+
+@caught_by("everywhere")
+class WidensClips(Good):
+    def reduce(self, tokens):
+        result = super().reduce(tokens)
+        return replace(result, features=result.features.float()) if is_clip(tokens) else result
+
+
+@caught_by("everywhere")
+class RoundsClips(Good):
+    def score(self, tokens):
+        half = tokens.features.dtype != torch.float32
+        return norms(tokens).round() if half and is_clip(tokens) else norms(tokens)
+
+
 @caught_by("record")
 class AdaptiveByRecordOnly(registered_as(count="adaptive"), Good):
     @property
@@ -389,6 +425,26 @@ def test_caught_by_exactly_the_right_check(name):
             assert isinstance(result.error, CheckFailed)
             assert (result.error.check, result.error.strategy) == (result.check, strategy.__name__)
             assert result.detail in str(result.error)
+
+
+class AllPairs(Good):
+    def score(self, tokens):
+        return norms(tokens) + torch.empty(tokens.count, tokens.count, dtype=torch.bool)[0, 0]
+
+
+class SomePairs(AllPairs):
+    def score(self, tokens):
+        require_matrix(tokens.count, "pairs")
+        return super().score(tokens)
+
+
+def test_no_matrix_of_all_pairs_of_many_tokens():
+    check = CHECKS["matrix-limit"]
+    with pytest.raises(Problem, match="16512 tokens: compare tokens in tiles"):
+        check.run(Subject.of(dataclass(frozen=True, kw_only=True)(AllPairs)))
+    check.run(Subject.of(Fine))
+    with pytest.raises(check.leaves, match="more than 16384"):
+        check.run(Subject.of(dataclass(frozen=True, kw_only=True)(SomePairs)))
 
 
 def test_each_check_is_named_and_explained():

@@ -22,15 +22,18 @@ from tokenreduce.errors import (
     TokenReduceError,
     TokensError,
 )
+from tokenreduce.ops.limits import MATRIX_LIMIT
 from tokenreduce.packing import PackedTokens, reduce_packed
 from tokenreduce.plugins import installed
 from tokenreduce.reducer import BUDGET_FIELDS, Reducer
 from tokenreduce.reduction import Reduction
-from tokenreduce.testing.check import Checks, fail
+from tokenreduce.testing.check import Checks, Problem, fail
 from tokenreduce.testing.cost import measure_cost, one_thread, peak_growth
+from tokenreduce.testing.meter import metered
 from tokenreduce.testing.subject import (
     Subject,
     assignment_problem,
+    cast,
     equal_reductions,
     feature_problem,
     position_problem,
@@ -41,6 +44,9 @@ from tokenreduce.testing.subject import (
 from tokenreduce.tokens import Layout, VisualTokens
 
 CHECKS: Checks[Subject] = Checks()
+
+#: Types that features come in.
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: What every check of behaviour builds upon.
 CONTRACT = (
@@ -274,7 +280,10 @@ def check_features(subject: Subject) -> None:
 @CHECKS.add("no-mutation", after=("features",))
 def check_no_mutation(subject: Subject) -> None:
     """Inputs are left as they were."""
-    plain = subject.image(5, 7, batch=2)
+    _find_written(subject, subject.image(5, 7, batch=2))
+
+
+def _find_written(subject: Subject, plain: VisualTokens) -> None:
     sizes = 1 + plain.features[..., 0].abs().round()
     tokens = VisualTokens(plain.features, plain.layout, sizes=sizes, signals=plain.signals)
     inputs: dict[str, Tensor] = {
@@ -370,15 +379,17 @@ def _compare_bits(one: Reduction, other: Reduction, when: str) -> None:
 @CHECKS.add("batch-invariance", after=(*CONTRACT, "determinism"))
 def check_batch_invariance(subject: Subject) -> None:
     """An item is reduced alike alone, in a batch, and in another order."""
-    layout = Layout.from_grid((5, 7))
-    batch = subject.tokens(layout, batch=3)
+    _compare_batches(subject, subject.image(5, 7, batch=3))
+
+
+def _compare_batches(subject: Subject, batch: VisualTokens) -> None:
     reducer = subject.create(keep=9)
     alone = [reducer(batch.item(i)) for i in range(3)]
     for order in ((0, 1, 2), (2, 0, 1)):
         index = torch.tensor(order)
         mixed = VisualTokens(
             batch.features[index],
-            layout,
+            batch.layout,
             signals={name: signal[index] for name, signal in batch.signals.items()},
         )
         if subject.record.count == "adaptive":
@@ -393,15 +404,14 @@ def check_batch_invariance(subject: Subject) -> None:
                 fail(f"{problem} for an item alone and in a batch of 3 (order {order})")
 
 
-@CHECKS.add("layouts", after=(*CONTRACT, "frozen", "determinism"))
+@CHECKS.add("layouts", after=(*CONTRACT, "frozen", "determinism", "batch-invariance"))
 def check_layouts(subject: Subject) -> None:
-    """Images, clips, rows and tiles are served, apart and packed together."""
-    items = [
-        subject.tokens(layout, seed=seed) for seed, layout in enumerate(subject.layouts().values())
-    ]
+    """Images, clips, rows and tiles are served, apart and packed together, two of each."""
+    layouts = 2 * list(subject.layouts().items())
+    items = [subject.tokens(layout, seed=seed) for seed, (_, layout) in enumerate(layouts)]
     reducer = subject.create(keep_ratio=0.5)
     apart = []
-    for name, item in zip(subject.layouts(), items, strict=True):
+    for (name, _), item in zip(layouts, items, strict=True):
         try:
             apart.append(reducer(item))
         except TokenReduceError as error:
@@ -461,23 +471,46 @@ def check_protected(subject: Subject) -> None:
 def check_dtypes(subject: Subject) -> None:
     """float32, bfloat16 and float16 come out as they went in, finite."""
     source = subject.image(5, 7, batch=2)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        tokens = VisualTokens(
-            source.features.to(dtype),
-            source.layout,
-            signals={name: signal.to(dtype) for name, signal in source.signals.items()},
-        )
-        try:
-            reduction = subject.create(keep=9)(tokens)
-        except (TokenReduceError, RuntimeError) as error:
-            fail(f"failed on {dtype}: {error}")
-        problem = subject.problem(reduction, tokens)
-        if problem:
-            fail(f"{problem} ({dtype})")
-        if reduction.features.dtype != dtype:
-            fail(f"returned {reduction.features.dtype} for {dtype}")
-        if not bool(reduction.features.isfinite().all()):
-            fail(f"returned NaN or infinity for finite {dtype} features")
+    for dtype in TYPES:
+        _reduce_typed(subject, cast(source, dtype), str(dtype))
+
+
+def _reduce_typed(subject: Subject, tokens: VisualTokens, where: str) -> Reduction:
+    dtype = tokens.features.dtype
+    try:
+        reduction = subject.create(keep=9)(tokens)
+    except (TokenReduceError, RuntimeError) as error:
+        fail(f"failed on {where}: {error}")
+    problem = subject.problem(reduction, tokens)
+    if problem:
+        fail(f"{problem} ({where})")
+    if reduction.features.dtype != dtype:
+        fail(f"returned {reduction.features.dtype} for {where}")
+    if not bool(reduction.features.isfinite().all()):
+        fail(f"returned NaN or infinity for finite features ({where})")
+    return reduction
+
+
+@CHECKS.add("everywhere", after=(*CONTRACT, "layouts", "dtypes", "precision", "globals"))
+def check_everywhere(subject: Subject) -> None:
+    """Clips, rows and tiles too: nothing is written into, in batches of any type, as when alone."""
+    for name, layout in subject.layouts().items():
+        batch = subject.tokens(layout, batch=3)
+        for dtype in TYPES:
+            held, where = cast(batch, dtype), f"{name}, {dtype}"
+            try:
+                if dtype == torch.float32:
+                    _find_written(subject, held)
+                _compare_batches(subject, held)
+            except Problem as problem:
+                fail(f"{problem} ({where})")
+            if subject.record.count == "adaptive":
+                # Its batches are packed, as they were when they were compared.
+                continue
+            narrow = _reduce_typed(subject, held, where)
+            wide = subject.create(keep=9)(cast(held, torch.float32))
+            if not torch.equal(narrow.assignment, wide.assignment):
+                fail(f"returned another assignment than for the same values in float32 ({where})")
 
 
 @CHECKS.add("gradients", after=(*CONTRACT, "globals"))
@@ -655,4 +688,22 @@ def check_memory(subject: Subject) -> None:
         fail(
             f"needed {grown / 2**20:.0f} MiB beside its inputs for {tokens.count} tokens, "
             f"{grown / matrix:.2f} matrices of tokens by tokens; {MATRICES} are allowed"
+        )
+
+
+#: An image of more tokens than a matrix of tokens by tokens is made of.
+HUGE = (129, MATRIX_LIMIT // 128)
+
+
+@CHECKS.add("matrix-limit", after=CONTRACT, slow=True, leaves=(TokensError,))
+def check_matrix_limit(subject: Subject) -> None:
+    """Beyond 16384 tokens it makes no matrix of tokens by tokens: it does without, or refuses."""
+    tokens = subject.tokens(Layout.from_grid(HUGE), channels=4)
+    reducer = subject.create(keep=8)
+    with one_thread(), torch.no_grad():
+        largest = metered(lambda: reducer(tokens)).largest
+    if largest > tokens.count**2 // 2:
+        fail(
+            f"made a tensor of {largest} numbers for {tokens.count} tokens: compare tokens in "
+            "tiles, or refuse so many with a TokensError (ops.limits.require_matrix)"
         )

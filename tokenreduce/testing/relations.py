@@ -16,7 +16,7 @@ from tokenreduce.testing.checks import CHECKS, CONTRACT
 from tokenreduce.testing.elsewhere import Mixed, moved, pretending
 from tokenreduce.testing.meter import Meter, metered
 from tokenreduce.testing.settings import settings
-from tokenreduce.testing.subject import Subject, equal_reductions
+from tokenreduce.testing.subject import Subject, cast, equal_reductions
 from tokenreduce.tokens import Layout, VisualTokens
 
 
@@ -96,10 +96,10 @@ def check_precision(subject: Subject) -> None:
     source = subject.image(6, 8, batch=2)
     for dtype in (torch.float16, torch.bfloat16):
         for scale in (1.0, 256.0):
-            half = _cast(source, dtype, scale)
+            half = cast(source, dtype, scale)
             reducer = subject.create(keep=9)
             try:
-                narrow, wide = reducer(half), reducer(_cast(half, torch.float32))
+                narrow, wide = reducer(half), reducer(cast(half, torch.float32))
             except (TokenReduceError, RuntimeError) as error:
                 fail(f"failed on {dtype} features of scale {scale:g}: {error}")
             for name in ("positions", "assignment"):
@@ -110,11 +110,6 @@ def check_precision(subject: Subject) -> None:
                     )
             if not bool(narrow.features.isfinite().all()):
                 fail(f"returned NaN or infinity for {dtype} features of scale {scale:g}")
-
-
-def _cast(tokens: VisualTokens, dtype: torch.dtype, scale: float = 1.0) -> VisualTokens:
-    signals = {name: signal.to(dtype) for name, signal in tokens.signals.items()}
-    return VisualTokens((tokens.features * scale).to(dtype), tokens.layout, signals=signals)
 
 
 @CHECKS.add("tiny", after=CONTRACT)

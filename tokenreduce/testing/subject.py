@@ -161,6 +161,12 @@ class Subject:
         return self.record.needs
 
 
+def cast(tokens: VisualTokens, dtype: torch.dtype, scale: float = 1.0) -> VisualTokens:
+    """The same tokens and signals in another type, with features of another scale."""
+    signals = {name: signal.to(dtype) for name, signal in tokens.signals.items()}
+    return VisualTokens((tokens.features * scale).to(dtype), tokens.layout, signals=signals)
+
+
 def tiles() -> Layout:
     """A thumbnail of 3 x 3 tokens and two tiles of 4 x 3."""
     parts = [
