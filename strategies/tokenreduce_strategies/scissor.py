@@ -45,14 +45,16 @@ from torch import Tensor
 
 from tokenreduce.capabilities import CountClass
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.neighbors import nearest
-from tokenreduce.ops import MergeWeights, merge_tokens, top_k_indices, unit_vectors
+from tokenreduce.ops import MergeWeights, first_argmax, merge_tokens, top_k_indices, unit_vectors
 from tokenreduce.ops.limits import MATRIX_LIMIT, require_matrix
 from tokenreduce.ops.quotas import kept_indices
 from tokenreduce.ops.spanning_trees import SpanningTree, components, maximum_spanning_tree
 from tokenreduce.reducer import Reducer
 from tokenreduce.reduction import Reduction
 from tokenreduce.tokens import VisualTokens
+
+#: Tokens that are compared with all components at a time.
+TOGETHER = 1024
 
 
 class ClipComponents(NamedTuple):
@@ -158,7 +160,7 @@ def clip_components(clip: Tensor, tau: float, k: int | None = None) -> ClipCompo
         linked = torch.zeros_like(linked).scatter_(1, links, True)
     temporal, heads = _number(components(tree.parent, linked)[0])
     means = _group_means(means, temporal, len(heads))
-    joins = nearest(clip.flatten(0, 1)[None], means[None])[1].flatten()
+    joins = _most_similar(clip.flatten(0, 1), unit_vectors(means))
     return ClipComponents(spatial, temporal, means, joins)
 
 
@@ -170,6 +172,13 @@ def _strongest(tree: SpanningTree, above: int, n: int, k: int) -> Tensor:
     taken = top_k_indices(tree.similarity.flatten(), links, scale=1.0)
     linked = torch.zeros(n, dtype=torch.bool, device=taken.device)
     return linked.index_fill_(0, taken, True).reshape(tree.parent.shape)
+
+
+def _most_similar(tokens: Tensor, units: Tensor) -> Tensor:
+    """The most similar one of the unit vectors to each token, some tokens at a time."""
+    return torch.cat(
+        [first_argmax(unit_vectors(part) @ units.T, scale=1.0) for part in tokens.split(TOGETHER)]
+    )
 
 
 def _number(labels: Tensor) -> tuple[Tensor, Tensor]:
