@@ -219,7 +219,8 @@ def quotas(sizes: list[int], survivors: list[int], k: int, total: int) -> list[i
     whole, passed, given, quota = sum(survivors), 0, 0, []
     for found, most in zip(survivors, limit, strict=True):
         passed += found
-        share = (2 * spare * passed + whole) // (2 * whole)
+        # Halves go to the even number, as Python and torch round.
+        share = round(spare * passed / whole)
         quota.append(min(most, 1 + share - given) if found else 0)
         given = share
     by_survivors = sorted(range(len(sizes)), key=lambda g: (-survivors[g], g))

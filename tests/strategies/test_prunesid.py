@@ -1,6 +1,6 @@
 """PruneSID: oracles in the notation of the paper."""
 
-from math import ceil, floor
+from math import ceil
 
 import torch
 from hypothesis import given
@@ -44,9 +44,7 @@ def slow_choice(a, groups, survivors, k, total):
     spare, before, quota = total - len(members), 0, {}
     for g in members:
         after = before + found[g]
-        first, last = (
-            floor(spare * part / sum(found.values()) + 0.5 + 1e-12) for part in (before, after)
-        )
+        first, last = (round(spare * part / sum(found.values())) for part in (before, after))
         quota[g], before = min(limit[g], 1 + last - first), after
     while sum(quota.values()) < total:
         for g in sorted(members, key=lambda g: (-found[g], g)):
@@ -119,3 +117,8 @@ def test_without_a_gram_matrix(monkeypatch):
     whole = PruneSID(keep=24)(tokens).positions
     monkeypatch.setattr(prunesid, "GRAM_LIMIT", 69)
     assert PruneSID(keep=24)(tokens).positions.equal(whole)
+
+
+def test_half_shares_go_to_the_even_number():
+    # Of 5 spare tokens half are 2.5: the first group gets 2 beside its own one.
+    assert quotas([10, 10], [5, 5], 8, 7) == [3, 4]
