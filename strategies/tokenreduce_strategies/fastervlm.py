@@ -14,6 +14,8 @@ Shapes: class attention ``(B, N)`` -> kept ``(B, k, D)``. Cost: O(N); the featur
 Deviations from the official code: none. Picks equal those of the official code on recorded cases.
 The same repository and paper later became VisPruner, which adds diverse tokens.
 
+Published: no comparable table.
+
 ```bibtex
 @article{zhang2024fastervlm,
   title={[{CLS}] Attention is All You Need for Training-Free Visual Token Pruning: Make {VLM}

@@ -20,6 +20,9 @@ are ties, and the first token wins. Outputs are plain means. The official code m
 1 + ln(size) if it folded more than once or merged less than a third (``official=True``). Groups,
 sizes and features equal those of the official code on recorded cases.
 
+Published: its authors claim up to 70 percent of the tokens removed and 1.6x to 2.4x faster; no
+comparable table.
+
 ```bibtex
 @inproceedings{wang2025folder,
   title={{FOLDER}: Accelerating Multi-modal Large Language Models with Enhanced Performance},

@@ -19,8 +19,9 @@ Shapes: features ``(B, T P, D)``, joint embeddings ``(B, T P, C)`` and ``(B, L, 
 
 Deviations from the official code: it pools regions in streams of different frame rate and
 resolution, which changes what the LLM was trained to see; here tokens are kept as they are, and the
-budget is exact. Regions (step 2, :func:`region_boxes`) equal those of the official code on recorded
-cases.
+budget is exact. A twentieth of the patches says where a region is; there it is as large a share as
+the region's, so that ``points=0.6`` is nearer to it. Regions (step 2, :func:`region_boxes`) equal
+those of the official code on recorded cases.
 
 Published: no number that could be verified.
 

@@ -19,6 +19,8 @@ vectors count as their own only neighbour; cosines within 2.5e-7 below ``similar
 runs separately on thumbnail and tiles: wrap this in ``per_tile`` for the same. Tokens and scores
 equal those of the official code on recorded cases.
 
+Published: no comparable table.
+
 ```bibtex
 @inproceedings{jiang2025gprune,
   title={What Kind of Visual Tokens Do We Need? Training-free Visual Token Pruning for Multi-modal

@@ -17,6 +17,8 @@ There is no official code: this follows published descriptions. The threshold of
 choices of this implementation. Cosines within 2.5e-7 above the threshold do not count as above it;
 ties go to the lowest index.
 
+Published: no comparable table.
+
 ```bibtex
 @article{pei2025greedyprune,
   title={{GreedyPrune}: Retenting Critical Visual Token Set for Large Vision Language Models},

@@ -16,6 +16,8 @@ for the updates, O(k N) memory.
 Deviations from the official code: it squares G, at O(N^3); its retries after failed steps are not
 needed; ties go to the lowest index. Tokens equal those of the official code on recorded cases.
 
+Published: no comparable table.
+
 ```bibtex
 @inproceedings{chen2026otprune,
   title={{OTPrune}: Distribution-Aligned Visual Token Pruning via Optimal Transport},
