@@ -59,19 +59,14 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError
-from tokenreduce.ops import MergeWeights, first_argmax, merge_tokens
 from tokenreduce.ops.density_peaks import density_peaks
 from tokenreduce.ops.frames import segment_lengths
 from tokenreduce.ops.quotas import apportion, top_mask
-from tokenreduce.ops.similarity import SMALLEST_NORM
+from tokenreduce.ops.temporal_trees import nearest_in_frame_before, tree_means, tree_roots
 from tokenreduce.ops.weighted_spreading import weighted_farthest_first
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import VisualTokens
-
-#: Entries of the similarities of neighbouring frames held at a time: 512 Ki float32 values, 2 MiB,
-#: which fit the cache.
-TILE_ENTRIES = 1 << 19
 
 Selection = Literal["attn_div", "attn_div_v2", "div"]
 
@@ -115,10 +110,8 @@ class FlashVID(Merger):
         if not 0 <= self.alpha <= 1:
             raise PipelineError(f"flashvid: alpha={self.alpha} lies in [0, 1].")
         for name in ("temporal_threshold", "segment_threshold"):
-            if not -1 <= getattr(self, name) <= 1:
-                raise PipelineError(
-                    f"flashvid: {name}={getattr(self, name)} is a cosine, in [-1, 1]."
-                )
+            if not -1 <= (value := getattr(self, name)) <= 1:
+                raise PipelineError(f"flashvid: {name}={value} is a cosine, in [-1, 1].")
         if self.min_segments < 1:
             raise PipelineError(f"flashvid: min_segments={self.min_segments} must be at least 1.")
         if self.selection not in get_args(Selection):
@@ -215,10 +208,7 @@ def merge_segments(
     own = torch.arange(count * places, device=frames.device).reshape(count, places)
     free = ~selected
     parent, linked = _links(frames, free, lengths, keep, threshold, official)
-    root = [own[0]]
-    for towards, holds, itself in zip(parent, linked, own[1:], strict=True):
-        root.append(torch.where(holds, root[-1][towards], itself))
-    roots = torch.stack(root).flatten()
+    roots = tree_roots(parent, linked)
     members = torch.bincount(roots, minlength=roots.numel()).float()
     if official:
         towards = (parent + own[:-1, :1])[linked]
@@ -237,7 +227,7 @@ def merge_segments(
     crowded = (clusters > 0) & (clusters < stays.sum(1))
     centre = torch.where(stays & (clusters > 0)[:, None], own, DROPPED)
     if bool(crowded.any()):
-        trees = _trees(frames, roots, members, crowded)
+        trees = tree_means(frames, roots, members, crowded)
         peaks = density_peaks(trees, clusters[crowded], takes_part=stays[crowded])
         centre[crowded] = torch.where(
             stays[crowded], peaks.centre_of + own[crowded][:, :1], DROPPED
@@ -258,19 +248,6 @@ def _shares(heads: Tensor, keep: int, places: int, official: bool) -> Tensor:
     return apportion(heads.float(), min(keep, int(heads.sum())), places)
 
 
-def _trees(frames: Tensor, roots: Tensor, members: Tensor, crowded: Tensor) -> Tensor:
-    """The means of the trees that begin in the frames marked, ``(C, P, D)``; 0 for other tokens."""
-    places = frames.shape[1]
-    begins = roots // places
-    source = crowded[begins].nonzero().squeeze(1)
-    rank = crowded.cumsum(0) - 1
-    tree = rank[begins[source]] * places + roots[source] % places
-    edges = MergeWeights(tree[None], source[None], 1 / members[roots[source]][None])
-    means = merge_tokens(frames.flatten(0, 1)[None], edges, int(crowded.sum()) * places)
-    trees: Tensor = means.unflatten(1, (-1, places))[0]
-    return trees
-
-
 def _links(
     frames: Tensor,
     free: Tensor,
@@ -284,19 +261,7 @@ def _links(
     Returns:
         parents and links, both ``(T - 1, P)``.
     """
-    # Products of frames are scaled, since there is less of them than of frames.
-    norm = torch.linalg.vector_norm(frames, dim=2).clamp(min=SMALLEST_NORM)
-    together = max(1, TILE_ENTRIES // frames.shape[1] ** 2)
-    parents, cosines = [free[:0].long()], [norm[:0]]
-    whole = (frames[1:], frames[:-1], norm[1:], norm[:-1], free[:-1])
-    for part, before, length, length_before, open_before in zip(
-        *(each.split(together) for each in whole), strict=True
-    ):
-        cosine = torch.bmm(part, before.mT).div_(length_before[:, None]).div_(length[..., None])
-        cosine.masked_fill_(~open_before[:, None], -1)
-        parents.append(first_argmax(cosine, scale=1.0))
-        cosines.append(cosine.gather(2, parents[-1][..., None]).squeeze(2))
-    parent, nearest = torch.cat(parents), torch.cat(cosines)
+    parent, nearest = nearest_in_frame_before(frames, free)
     linked = (nearest > threshold) & free[1:] & free[:-1].gather(1, parent)
     ends = list(accumulate(lengths))
     # Row t of the links leads from frame t + 1 to frame t.

@@ -9,7 +9,6 @@ from support.clips import clips, structured_clip
 from support.clouds import quick
 from tokenreduce.errors import MissingSignal, PipelineError
 from tokenreduce.ops.frames import segment_lengths
-from tokenreduce_strategies import flashvid
 from tokenreduce_strategies.flashvid import FlashVID, merge_segments
 
 TIE = 2.5e-7
@@ -74,15 +73,6 @@ def test_links_give_way_to_the_budget(clip, data):
     trees = slow_trees(x, free, keep, 0.0)
     if len(set(trees.values())) == keep:
         assert merged.stands.tolist() == list(trees.values())
-
-
-def test_tiles_change_nothing(monkeypatch):
-    clip = structured_clip(1, (7, 4, 4), 16)
-    tokens = clip.tokens(class_attention=torch.ones(1, 7, 16))
-    whole = FlashVID(keep=20, min_segments=1)(tokens)
-    monkeypatch.setattr(flashvid, "TILE_ENTRIES", 2 * 16**2)
-    parts = FlashVID(keep=20, min_segments=1)(tokens)
-    assert parts.assignment.equal(whole.assignment)
 
 
 def test_segments():
