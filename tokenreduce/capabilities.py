@@ -56,6 +56,7 @@ COST_LIMIT: dict[str, float] = {
 STAGE_KEYS = ("site", "total", "layer", "schedule", "flops", "prefill_ms")
 _BUDGETS = ("keep", "keep_ratio", "reduction", "total", "schedule", "flops", "prefill_ms")
 _DEPTHS = ("layer", "schedule")
+_FLAGS = ("needs_grid", "reads_features", "needs_weights", "wraps", "compiles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class StrategyRecord:
         needs: names of the signals it reads beside the features themselves.
         uses: names of the signals that it reads as well where the tokens carry them.
         needs_grid: whether it runs only on tokens that form a full (t, y, x) grid.
+        reads_features: whether what is kept depends on the features. If not, no pass over them is
+            spent on looking for NaN and infinity: only what is kept is looked at. A wrapper says no
+            and reads what the strategies in it read.
         needs_weights: whether it runs only with weights from a file that the user names.
         wraps: whether it takes other strategies and applies them.
         compiles: whether what it adds to its base class (``score``, ``select``, ``assign``) can be
@@ -97,6 +101,7 @@ class StrategyRecord:
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     needs_grid: bool = False
+    reads_features: bool = True
     needs_weights: bool = False
     wraps: bool = False
     compiles: bool = False
@@ -120,7 +125,7 @@ class StrategyRecord:
                 )
         for name, kind in (
             *((text, str) for text in ("summary", "paper", "extra")),
-            *((flag, bool) for flag in ("needs_grid", "needs_weights", "wraps", "compiles")),
+            *((flag, bool) for flag in _FLAGS),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind):

@@ -121,6 +121,8 @@ class Reducer(ABC):
             inherited,
             name=type(self).__name__,
             target=own,
+            # What a subclass adds may read them.
+            reads_features=inherited.reads_features or not inherited.wraps,
             summary=(type(self).__doc__ or "").partition("\n")[0],
             distribution="",
         )
@@ -151,6 +153,11 @@ class Reducer(ABC):
         """Names of the signals that this strategy, or one that it wraps, reads."""
         inner = (name for reducer in self.inner_reducers() for name in reducer.needs)
         return tuple(dict.fromkeys([*self.record.needs, *inner]))
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether what this strategy, or one that it wraps, keeps depends on the features."""
+        return self.record.reads_features or any(r.reads_features for r in self.inner_reducers())
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load what the strategy needs on a device, once, before its first use.
@@ -184,7 +191,8 @@ class Reducer(ABC):
 
         Raises:
             BudgetError: if the strategy has no budget and does not decide by itself.
-            TokensError: if the features hold NaN or infinity, or do not suit the strategy.
+            TokensError: if the features hold NaN or infinity, or do not suit the strategy; of a
+                strategy that does not read them, if what it keeps does.
             MissingSignal: if a needed signal is missing.
             ReductionError: if the strategy breaks its contract.
         """
@@ -203,22 +211,21 @@ class Reducer(ABC):
         reason = self.reason_to_keep_all(tokens.count - tokens.layout.protected_count)
         if reason:
             return Reduction.identity(tokens, reason=reason)
-        # A sum that is not finite may have overflowed: then every value is looked at.
-        if not isfinite(tokens.features.sum().item()) and not bool(
-            torch.isfinite(tokens.features).all()
-        ):
-            raise TokensError(
-                f"{self.name}: the features hold NaN or infinity (shape "
-                f"{tuple(tokens.features.shape)}, type {tokens.features.dtype}). The encoder or "
-                "projector overflowed; in float16 try bfloat16."
-            )
+        reads = self.reads_features
+        if reads:
+            self._require_finite(tokens.features)
         if tokens.has_sizes and not bool((tokens.sizes > 0).all() & tokens.sizes.isfinite().all()):
             raise TokensError(f"{self.name}: sizes must be positive and finite.")
         for name in self.needs:
             tokens.signal(name)
         if tokens.layout.protected_count == 0:
-            return self._reduce_free(tokens)
-        return _reinstate_protected(tokens, self._reduce_free(tokens.select(tokens.layout.free)))
+            reduction = self._reduce_free(tokens)
+        else:
+            reduction = self._reduce_free(tokens.select(tokens.layout.free))
+            reduction = _reinstate_protected(tokens, reduction)
+        if not reads:
+            self._require_finite(reduction.features)
+        return reduction
 
     def stream(
         self, *, budget: int, window: int | None = None, channels: int | None = None
@@ -242,6 +249,15 @@ class Reducer(ABC):
         if self.budget is not None and self.budget.count(free) >= free:
             return f"{free} tokens, within the budget ({self.budget})"
         return ""
+
+    def _require_finite(self, features: Tensor) -> None:
+        # A sum that is not finite may have overflowed: then every value is looked at.
+        if not isfinite(features.detach().sum().item()) and not bool(features.isfinite().all()):
+            raise TokensError(
+                f"{self.name}: the features hold NaN or infinity (shape {tuple(features.shape)}, "
+                f"type {features.dtype}). The encoder or projector overflowed; in float16 try "
+                "bfloat16."
+            )
 
     def _reduce_free(self, tokens: VisualTokens) -> Reduction:
         result = self.reduce(tokens)

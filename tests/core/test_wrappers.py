@@ -11,7 +11,7 @@ import torch
 import tokenreduce as tr
 from support.reducers import EveryOther, UnevenRandom
 from tokenreduce import wrappers
-from tokenreduce.errors import BudgetError, PipelineError, ReductionError
+from tokenreduce.errors import BudgetError, PipelineError, ReductionError, TokensError
 from tokenreduce.reducer import Reducer
 from tokenreduce.wrappers import Chain
 
@@ -158,3 +158,28 @@ def test_a_hundred_thousand_tokens_in_bounded_memory(kind, most) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= most
+
+
+@pytest.mark.parametrize(("inner", "reads"), [("fastervlm", False), ("divprune", True)])
+def test_a_wrapper_reads_what_its_strategies_read(inner: str, reads: bool) -> None:
+    chain = tr.create_strategy(
+        "chain",
+        reducers=[tr.create_strategy("uniform", keep=9), tr.create_strategy(inner, keep=4)],
+    )
+    wrapped = tr.create_strategy("per-frame", inner=chain)
+    assert chain.reads_features == wrapped.reads_features == reads
+
+
+@pytest.mark.parametrize("protect", [False, True])
+def test_features_that_nobody_reads(protect: bool) -> None:
+    layout = tr.Layout.from_grid((3, 4))
+    layout = layout.protect(torch.arange(12) == 11) if protect else layout
+    attention = torch.arange(12.0)[None] + 1
+    features = torch.ones(1, 12, 5)
+    features[0, 2, 1] = torch.nan
+    tokens = tr.VisualTokens(features, layout, signals={"class_attention": attention})
+    assert tr.create_strategy("fastervlm", keep=4)(tokens).features.isfinite().all()
+    with pytest.raises(TokensError, match=r"fastervlm.*NaN"):
+        tr.create_strategy("fastervlm", keep=10)(tokens)
+    with pytest.raises(TokensError, match=r"divprune.*NaN"):
+        tr.create_strategy("divprune", keep=4)(tokens)

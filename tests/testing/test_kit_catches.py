@@ -296,6 +296,20 @@ class RepairsNaN(Good):
         return super().__call__(VisualTokens(clean, tokens.layout))
 
 
+@caught_by("non-finite")
+class LooksAtNothing(registered_as(reads_features=False), Good):
+    def _require_finite(self, features):
+        pass
+
+    def score(self, tokens):
+        return torch.arange(tokens.count, dtype=torch.float32).expand(tokens.batch, -1)
+
+
+@caught_by("unread-features")
+class ReadsThemAfterAll(registered_as(reads_features=False), Good):
+    pass
+
+
 @caught_by("degenerate")
 class DividesBySpread(Merger):
     def assign(self, tokens, k):

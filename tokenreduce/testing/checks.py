@@ -533,15 +533,35 @@ def check_gradients(subject: Subject) -> None:
         fail("passed no gradient to a kept token")
 
 
-@CHECKS.add("non-finite", after=CONTRACT)
+def _reads_features(subject: Subject) -> str:
+    if subject.record.wraps:
+        return "a wrapper reads what its strategies read"
+    return "it reads the features" if subject.record.reads_features else ""
+
+
+@CHECKS.add("unread-features", after=CONTRACT, applies=_reads_features)
+def check_unread_features(subject: Subject) -> None:
+    """If it says that it does not read the features, it keeps the same tokens of any others."""
+    tokens, others = subject.image(5, 7, batch=2), subject.image(5, 7, batch=2, seed=1)
+    reducer = subject.create(keep=9)
+    kept = reducer(tokens)
+    again = reducer(VisualTokens(others.features, tokens.layout, signals=tokens.signals))
+    if not kept.assignment.equal(again.assignment) or not kept.positions.equal(again.positions):
+        fail("keeps other tokens of other features; its record says reads_features=False")
+
+
+@CHECKS.add("non-finite", after=(*CONTRACT, "unread-features"))
 def check_non_finite(subject: Subject) -> None:
-    """NaN and infinity in the features raise a TokensError."""
+    """NaN and infinity in the features raise a TokensError, where they are read or kept."""
+    reducer = subject.create(keep=9)
     for value in (float("nan"), float("inf")):
         tokens = subject.image(5, 7)
-        tokens.features[0, 3, 2] = value
+        tokens.features[0, 3 if reducer.reads_features else slice(None), 2] = value
         try:
-            subject.create(keep=9)(tokens)
+            reduction = reducer(tokens)
         except TokensError:
+            continue
+        if not reducer.reads_features and reduction.kept == 0:
             continue
         fail(f"took features that hold {value} without a TokensError")
 

@@ -20,6 +20,7 @@ _COUNT_MEANING = {
     "layout": "follows from the budget and from frames, height and width",
     "adaptive": "depends on the data",
 }
+_YES = {True: "yes", False: "no"}
 
 
 def written(options: Mapping[str, Any]) -> str:
@@ -51,9 +52,10 @@ def info(
         ("cost", f"{record.cost}: {COST_MEANING[record.cost]}"),
         ("needs", ", ".join(record.needs) or "projected features only"),
         ("reads if carried", ", ".join(record.uses)),
+        ("reads features", "as what it wraps" if record.wraps else _YES[record.reads_features]),
         ("needs weights", "yes, from a file of yours" if record.needs_weights else ""),
-        ("needs a grid", "yes" if record.needs_grid else "no"),
-        ("wraps others", "yes" if record.wraps else "no"),
+        ("needs a grid", _YES[record.needs_grid]),
+        ("wraps others", _YES[record.wraps]),
         ("checked against", PARITY_MARK[record.parity]),
         ("paper", f"arXiv:{record.paper}" if record.paper else ""),
         ("extra", f"tokenreduce[{record.extra}]" if record.extra else ""),
