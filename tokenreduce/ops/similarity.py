@@ -9,8 +9,8 @@ from tokenreduce.ops.gathering import gather_tokens
 #: their similarity to everything is 0.
 SMALLEST_NORM = 1e-8
 
-#: Entries that are worked on at a time: 64 Ki float32 values, a quarter of a MiB.
-CACHED_ENTRIES = 1 << 16
+#: Entries that are worked on at a time: 128 Ki float32 values, half a MiB.
+CACHED_ENTRIES = 1 << 17
 #: Rows of a Gram matrix that are computed at a time, from the diagonal on; fewer of a small one.
 GRAM_ROWS, FEW_ROWS = 256, 128
 
