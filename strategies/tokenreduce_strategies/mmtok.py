@@ -12,8 +12,8 @@ Algorithm, with prompt embeddings t_l, l = 1..L, tokens x_i and tokens v_i in a 
 
 Shapes: features ``(B, N, D)``, prompt embeddings ``(B, L, D)`` -> picks ``(B, k)`` -> kept
 ``(B, k, D)``. Cost: O(N^2 D) for the Gram matrix, then O(N + L) for each evaluation of a token;
-since gains only shrink, a few evaluations for each pick find the best one. Beyond 16384 tokens no
-N x N matrix is held: O(N^2 D) once, and O(N D) for each evaluation.
+since gains only shrink, a few evaluations for each pick find the best one. Above 16384 tokens it
+refuses.
 
 Deviations from the official code: it evaluates every token for every pick, which finds the same
 ones. The v_i are the tokens themselves by default; the official code takes the encoder's output
@@ -41,15 +41,11 @@ import torch
 from torch import Tensor
 
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce.ops import gather_tokens, gram_matrix, unit_vectors
+from tokenreduce.ops import gram_matrix, unit_vectors
 from tokenreduce.ops.coverage import greedy_coverage
+from tokenreduce.ops.limits import MATRIX_LIMIT, require_matrix
 from tokenreduce.reducer import Selector
 from tokenreduce.tokens import VisualTokens
-
-#: Most tokens whose Gram matrix is held: 16384 need 1 GiB.
-GRAM_LIMIT = 16384
-#: Rows of the Gram matrix computed at a time where it is not held.
-ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +84,12 @@ class MMTok(Selector):
         return (*super().needs, self.image) if self.image else super().needs
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        """Pick the tokens that cover most.
+
+        Raises:
+            TokensError: above 16384 tokens, or if the prompt lies in another space.
+        """
+        require_matrix(tokens.count, "coverages")
         features, text = tokens.features.detach(), tokens.signal("prompt_embeddings").detach()
         if text.shape[2] != features.shape[2]:
             raise TokensError(
@@ -96,7 +98,7 @@ class MMTok(Selector):
             )
         own = tokens.signal(self.image).detach() if self.image else None
         # As many items at once as fit into one Gram matrix of the largest size.
-        together = max(1, GRAM_LIMIT**2 // tokens.count**2)
+        together = max(1, MATRIX_LIMIT**2 // tokens.count**2)
         parts = [slice(start, start + together) for start in range(0, tokens.batch, together)]
         return torch.cat(
             [
@@ -113,31 +115,11 @@ class MMTok(Selector):
         words = words / text.shape[1]
         unit = unit if own is None else unit_vectors(own)
         # Row j of the table: how much token j covers each token, then each word.
-        table = unit.new_empty(batch, n if n <= GRAM_LIMIT else 0, n + text.shape[1])
-        held = table.shape[1] > 0
-        if held:
-            gram_matrix(unit, out=table[..., :n])
-        total = unit.new_empty(batch, n)
-        for begin in range(0, n, ROWS):
-            rows = slice(begin, begin + ROWS)
-            tile = table[:, rows, :n] if held else unit[:, rows] @ unit.mT
-            total[:, rows] = self._likeness(tile).sum(2)
-        share = (self.alpha / n / total)[:, None]
-        if held:
-            # The unit vectors are not needed beside the table.
-            del unit
-            table[..., :n].mul_(share)
-            table[..., n:] = words
-
-        def cover(ask: Tensor) -> Tensor:
-            if held:
-                return gather_tokens(table, ask)
-            alike = self._likeness(gather_tokens(unit, ask) @ unit.mT).mul_(share)
-            return torch.cat([alike, gather_tokens(words, ask)], dim=2)
-
+        table = unit.new_empty(batch, n, n + text.shape[1])
+        cover = gram_matrix(unit, out=table[..., :n])
+        # Numerators of the softmax; symmetric, so that a row serves as a column.
+        cover.sub_(1).div_(self.image_temperature).exp_()
+        cover.mul_((self.alpha / n / cover.sum(2))[:, None])
+        table[..., n:] = words
         # The rows sum to 1 + alpha over all tokens; times N, the gains are of order 1.
-        return greedy_coverage(cover, k, weight=torch.full_like(total, n))
-
-    def _likeness(self, cosine: Tensor) -> Tensor:
-        """Numerators of the softmax, in place; symmetric, so that a row serves as a column."""
-        return cosine.sub_(1).div_(self.image_temperature).exp_()
+        return greedy_coverage(table, k, weight=torch.full_like(table[..., 0], n))

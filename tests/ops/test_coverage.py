@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clouds import clouds, quick
-from tokenreduce.ops import TIE_TOLERANCE, coverage, gather_tokens
+from tokenreduce.ops import TIE_TOLERANCE, coverage
 from tokenreduce.ops.coverage import greedy_coverage
 
 
@@ -40,9 +40,11 @@ def test_oracle(cloud, chunk, data):
     usual = coverage.CHUNK, coverage.LISTED, coverage.LONGER
     coverage.CHUNK, coverage.LISTED, coverage.LONGER = chunk, 2 * chunk, 2
     try:
-        picks = greedy_coverage(
-            lambda ask: gather_tokens(unit, ask) @ unit.mT, k, weight=weight, bonus=bonus
-        )
+        cover = unit @ unit.mT
+        picks = greedy_coverage(cover, k, weight=weight, bonus=bonus)
+        plus = torch.zeros_like(weight) if bonus is None else bonus
+        first = cover.clamp(min=0).sum(2) * weight + plus
+        assert coverage._pick_together(cover, first, k, weight, plus).equal(picks)
     finally:
         coverage.CHUNK, coverage.LISTED, coverage.LONGER = usual
     for b in range(batch):
@@ -51,25 +53,26 @@ def test_oracle(cloud, chunk, data):
         assert picks[b].tolist() == slow(gram, weight[b], plus, k)
 
 
-def test_few_are_evaluated_again():
+def test_few_are_evaluated_again(monkeypatch):
     unit = torch.nn.functional.normalize(
         torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0)), dim=-1
     )
-    asked = []
+    refresh, evaluated = coverage._refresh, []
 
-    def cover(ask):
-        asked.append(ask.shape[1])
-        return gather_tokens(unit, ask) @ unit.mT
+    def counting(score, *given):
+        before = score.copy()
+        refresh(score, *given)
+        evaluated.append(int((score != before).sum()))
 
-    greedy_coverage(cover, 50, weight=torch.ones(1, 400))
-    assert sum(asked) < 0.25 * 50 * 400
+    monkeypatch.setattr(coverage, "_refresh", counting)
+    greedy_coverage(unit @ unit.mT, 50, weight=torch.ones(1, 400))
+    assert len(evaluated) == 49
+    assert 49 <= sum(evaluated) < 0.25 * 50 * 400
 
 
 def test_small_weights_are_told_apart():
     # Tokens unlike each other, of which each adds its weight: the next ones only tell by rank.
     unit, weight = torch.eye(40)[None], torch.logspace(0, -12, 40)[None]
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    picks = greedy_coverage(
-        lambda ask: gather_tokens(unit, ask) @ unit.mT, 40, weight=weight[:, shuffled]
-    )
+    picks = greedy_coverage(unit @ unit.mT, 40, weight=weight[:, shuffled])
     assert shuffled[picks[0]].tolist() == list(range(40))

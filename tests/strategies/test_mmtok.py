@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from support.clouds import clouds, quick
 from tokenreduce import VisualTokens
 from tokenreduce.errors import PipelineError, TokensError
-from tokenreduce_strategies import mmtok
 from tokenreduce_strategies.mmtok import MMTok
 
 TIE = 2.5e-7
@@ -59,15 +58,6 @@ def test_oracle(cloud, data):
     v = own if image else cloud
     expected = [slow(*item, k, **options) for item in zip(cloud, text, v, strict=True)]
     assert picks.tolist() == expected
-
-
-def test_without_a_gram_matrix(monkeypatch):
-    cloud = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0))
-    tokens = tokens_of(cloud)
-    whole = MMTok(keep=12).select(tokens, 12)
-    monkeypatch.setattr(mmtok, "GRAM_LIMIT", 69)
-    monkeypatch.setattr(mmtok, "ROWS", 32)
-    assert MMTok(keep=12).select(tokens, 12).equal(whole)
 
 
 def test_another_width():
