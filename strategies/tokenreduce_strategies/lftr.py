@@ -96,30 +96,17 @@ from torch import Tensor
 from tokenreduce.errors import PipelineError
 from tokenreduce.neighbors import check_backend, nearest_earlier
 from tokenreduce.ops import (
+    covering,
     first_argmax,
     gather_tokens,
     gram_matrix,
     group_weights,
     merge_tokens,
     top_k_indices,
-)
-from tokenreduce.ops.covering import (
-    DISTANCE_NOISE,
-    cosine_distance,
-    covering_representatives,
+    tracks,
 )
 from tokenreduce.ops.links import follow_links
 from tokenreduce.ops.similarity import directions
-from tokenreduce.ops.tracks import (
-    between,
-    cosine_to,
-    first_of_equals,
-    mean_direction,
-    rejoin,
-    track_cosine,
-    tracks,
-    tubes,
-)
 from tokenreduce.reducer import Grouping, Merger
 from tokenreduce.reduction import DROPPED
 from tokenreduce.tokens import VisualTokens
@@ -157,16 +144,14 @@ class LFTR(Merger):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("still", "redundant"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise PipelineError(
-                    f"{self.name}: {name}={getattr(self, name)} must lie in [0, 1]."
-                )
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise PipelineError(f"{self.name}: {name}={value} must lie in [0, 1].")
         if not 1 <= self.spare < float("inf"):
             raise PipelineError(f"{self.name}: spare={self.spare} must be finite and at least 1.")
         check_backend(self.neighbors)
 
     def assign(self, tokens: VisualTokens, k: int) -> Grouping:
-        order, linked = (t.to(tokens.features.device) for t in tracks(tokens.layout))
+        order, linked = (t.to(tokens.features.device) for t in tracks.tracks(tokens.layout))
         long = _long(tokens.sizes)
         one_by_one = bool(linked.any()) or long or "former_groups" in tokens.signals
         # What remains after the temporal step differs between clips.
@@ -178,7 +163,7 @@ class LFTR(Merger):
             else:
                 unit = directions(tokens.features[start : start + step].detach())
                 sizes = tokens.sizes[start : start + step].float()
-                groups, positions = self._run(unit, sizes, *_whole(unit, sizes), k)
+                groups, positions = self._run(unit, sizes, k)
                 parts.append((groups, positions, sizes))
         groups, positions, scores = (torch.cat(column) for column in zip(*parts, strict=True))
         return Grouping(groups, positions=positions, scores=scores if long else None)
@@ -186,20 +171,20 @@ class LFTR(Merger):
     def _item(
         self, tokens: VisualTokens, order: Tensor, linked: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All three steps for one item; see :func:`.tracks`."""
+        """All three steps for one item; see :mod:`~tokenreduce.ops.tracks`."""
         features, sizes, signals = tokens.features[0].detach(), tokens.sizes.float(), tokens.signals
         mean = signals.get("seen_direction")
-        mean = mean_direction(features, sizes) if mean is None else mean
-        spread = _spread(mean)
-        cosine = track_cosine(features, order, linked)
+        mean = tracks.mean_direction(features, sizes) if mean is None else mean
+        spread = covering.spread_around(mean)
+        cosine = tracks.track_cosine(features, order, linked)
         repeats = cosine >= _least(spread, self.still)
         everyone = torch.arange(tokens.count, device=features.device)
-        first = first_of_equals(signals.get("former_groups", everyone[None])[0])
+        first = tracks.first_of_equals(signals.get("former_groups", everyone[None])[0])
         spent = tokens.count - k - int((first != everyone).sum())
         if int(repeats.sum()) > spent:
             most = top_k_indices(cosine[None], spent, scale=1.0)
             repeats = torch.zeros_like(repeats).index_fill(0, most[0], True)
-        heads, tube = rejoin(*tubes(order, repeats), first)
+        heads, tube = tracks.rejoin(*tracks.tubes(order, repeats), first)
         count = heads.numel()
         weight = torch.zeros(1, count, device=sizes.device).scatter_add(1, tube[None], sizes)
         scores = signals.get("former_scores", sizes * torch.nan)[0, heads]
@@ -208,7 +193,7 @@ class LFTR(Merger):
         else:
             merge = group_weights(tube[None], sizes, count)
             unit = directions(merge_tokens(features[None], merge, count, dtype=torch.float32))
-            groups, positions = self._run(unit, weight, *_whole(unit, weight), k)
+            groups, positions = self._run(unit, weight, k)
         return groups[:, tube], heads[positions], scores[tube][None]
 
     def _link(
@@ -225,44 +210,43 @@ class LFTR(Merger):
         Their distances to the nearest earlier token are noted in ``scores`` ``(n,)``; who stood
         apart before still does, and does not search.
         """
-        spread = _spread(mean)
-        known = 1 - DISTANCE_NOISE - scores
+        spread = covering.spread_around(mean)
+        known = 1 - covering.DISTANCE_NOISE - scores
         asked = ~(known < _least(spread, self.redundant))
         cosine, link = nearest_earlier(
             features, heads, asked=asked.nonzero()[:, 0], backend=self.neighbors
         )
         cosine[0], link[0] = -1, 0
         cosine = torch.where(asked, cosine.fmax(known), known)
-        scores.copy_(cosine_distance(cosine))
+        scores.copy_(covering.cosine_distance(cosine))
         own = torch.arange(len(heads), device=heads.device)
         novelty = scores / spread
         redundant = cosine >= _least(spread, self.redundant)
         score, scale = novelty, 1 / spread
         if int((~redundant).sum()) > k:
             group = follow_links(torch.where(redundant, link, own))
-            beside = between(features, heads, heads[group]) >= _least(spread, self.redundant)
+            beside = tracks.between(features, heads, heads[group]) >= _least(spread, self.redundant)
             size = torch.zeros_like(novelty).scatter_add(0, group, sizes * (beside | ~redundant))
-            unlike = cosine_distance(cosine_to(features, heads, mean[0])) / spread
+            unlike = covering.cosine_distance(tracks.cosine_to(features, heads, mean[0])) / spread
             score = size * novelty * unlike
             score, scale = score.masked_fill(redundant, -torch.inf), size.amax() / spread
         kept = top_k_indices(score[None], k, scale=scale)[0]
         rank = torch.full_like(own, DROPPED).index_copy(0, kept, own[:k])
         end = follow_links(torch.where((rank < 0) & redundant, link, own))
         groups = rank[end]
-        lost = between(features, heads, heads[end]) < _least(spread, self.redundant)
+        lost = tracks.between(features, heads, heads[end]) < _least(spread, self.redundant)
         return groups.masked_fill(lost & (end != own), DROPPED)[None], kept[None]
 
-    def _run(
-        self, unit: Tensor, sizes: Tensor, mean: Tensor, spread: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, unit: Tensor, sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Steps 2 and 3 for unit vectors ``(b, n, D)`` of one run."""
         batch, n, _ = unit.shape
+        mean, spread = covering.mean_and_spread(unit, sizes)
         whole = (unit @ mean[..., None]).squeeze(2)
         gram = None
         if n <= RUN_TOKENS:
-            gram = gram_matrix(unit).clamp_(max=1 - DISTANCE_NOISE)
+            gram = gram_matrix(unit).clamp_(max=1 - covering.DISTANCE_NOISE)
         count = min(n, ceil(self.spare * k))
-        picks = covering_representatives(
+        picks = covering.covering_representatives(
             unit,
             sizes,
             self.redundant * spread,
@@ -272,38 +256,21 @@ class LFTR(Merger):
             gram=gram,
         )
         cosine = unit @ gather_tokens(unit, picks).transpose(1, 2)
-        group = self._join(cosine, picks, spread)
+        least = _least(spread, self.redundant)
+        group = covering.join_nearest(cosine, picks, least)
         # Tokens without a group are counted in a spare first column.
         size = sizes.new_zeros(batch, count + 1).scatter_add(1, group + 1, sizes)[:, 1:]
 
-        between = cosine_distance(gather_tokens(cosine, picks)) / spread[:, None, None]
-        index = torch.arange(count, device=unit.device)
-        larger = size[:, None] > size[..., None]
-        larger |= (size[:, None] == size[..., None]) & (index < index[:, None])
-        apart = between.masked_fill(~larger, torch.inf).amin(2)
-        apart = torch.where(larger.any(2), apart, between.amax(2))
-        unlike = cosine_distance(whole.gather(1, picks)) / spread[:, None]
+        between = covering.cosine_distance(gather_tokens(cosine, picks)) / spread[:, None, None]
+        apart = covering.distance_to_larger(between, size)
+        unlike = covering.cosine_distance(whole.gather(1, picks)) / spread[:, None]
         significance = (size * unlike * apart).masked_fill(size == 0, -torch.inf)
         scale = size.amax(1, keepdim=True) / spread[:, None]
         kept = top_k_indices(significance, k, scale=scale)
 
         picks = picks.gather(1, kept)
         cosine = cosine.gather(2, kept[:, None].expand(-1, n, -1))
-        return self._join(cosine, picks, spread), picks
-
-    def _join(self, cosine: Tensor, picks: Tensor, spread: Tensor) -> Tensor:
-        """Group ``(b, n)`` of each token: its nearest representative, or -1 if not redundant.
-
-        Args:
-            cosine: ``(b, n, r)`` similarity of each token to each representative.
-            picks: ``(b, r)`` the representatives, ascending; of repeated ones the first counts.
-            spread: ``(b,)`` mean cosine distance of two tokens.
-        """
-        group = first_argmax(cosine, scale=1.0)
-        nearest = cosine.gather(2, group[..., None]).squeeze(2)
-        group = group.masked_fill(nearest < _least(spread, self.redundant)[:, None], DROPPED)
-        own = torch.arange(picks.shape[1], device=picks.device)
-        return group.scatter_reduce(1, picks, own.expand_as(picks), "amin", include_self=False)
+        return covering.join_nearest(cosine, picks, least), picks
 
 
 def _long(sizes: Tensor) -> bool:
@@ -311,18 +278,6 @@ def _long(sizes: Tensor) -> bool:
     return sizes.shape[1] > RUN_TOKENS or bool((sizes.sum(1) > RUN_TOKENS).any())
 
 
-def _whole(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean direction ``(b, D)``, and mean cosine distance of two tokens ``(b,)``."""
-    share = sizes / sizes.sum(1, keepdim=True)
-    mean = (share[:, None] @ unit).squeeze(1)
-    return mean, _spread(mean)
-
-
-def _spread(mean: Tensor) -> Tensor:
-    """Mean cosine distance ``(b,)`` of two tokens whose mean direction is ``(b, D)``."""
-    return (1 - mean.square().sum(-1)).clamp(min=DISTANCE_NOISE)
-
-
 def _least(spread: Tensor, difference: float) -> Tensor:
     """The lowest cosine of two tokens that differ by at most ``difference``."""
-    return 1 - DISTANCE_NOISE - difference * spread
+    return 1 - covering.DISTANCE_NOISE - difference * spread

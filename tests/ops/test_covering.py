@@ -1,9 +1,15 @@
-"""Covering representatives against a slow oracle."""
+"""Covering representatives against a slow oracle, and what is told of their groups."""
 
 import pytest
 import torch
 
-from tokenreduce.ops.covering import DISTANCE_NOISE, covering_representatives
+from tokenreduce.ops.covering import (
+    DISTANCE_NOISE,
+    covering_representatives,
+    distance_to_larger,
+    join_nearest,
+    mean_and_spread,
+)
 
 
 def slow(unit, sizes, radius, first, least, most):
@@ -37,3 +43,34 @@ def test_covering_representatives_equal_the_oracle(radius: float, with_gram: boo
     gram = unit @ unit.transpose(1, 2) if with_gram else None
     found = covering_representatives(unit, sizes, radii, first=first, least=4, most=9, gram=gram)
     assert torch.equal(found, slow(unit, sizes, radii, first, 4, 9))
+
+
+def test_who_joins_whom():
+    cosine = torch.tensor([[[1.0, 0.2], [0.9, 0.3], [0.1, 0.4], [0.6, 0.7], [0.2, 1.0]]])
+    group = join_nearest(cosine, torch.tensor([[0, 4]]), torch.tensor([0.65]))
+    assert group.tolist() == [[0, 0, -1, 1, 1]]
+
+
+def test_a_pick_that_is_repeated_stands_for_itself_once():
+    cosine = torch.tensor([[[1.0, 0.3, 1.0], [0.5, 0.9, 0.5]]])
+    group = join_nearest(cosine, torch.tensor([[0, 1, 0]]), torch.tensor([0.99]))
+    assert group.tolist() == [[0, 1]]
+
+
+def test_distance_to_larger():
+    distance = torch.tensor([[[0.0, 3, 1], [3, 0, 2], [1, 2, 0]]])
+    size = torch.tensor([[2.0, 5, 2]])
+    # The first and the last are equally large: the first counts as larger.
+    assert distance_to_larger(distance, size).tolist() == [[3.0, 3.0, 1.0]]
+
+
+def test_spread_is_the_mean_distance_of_two_tokens():
+    unit = torch.nn.functional.normalize(
+        torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    sizes = torch.tensor([[1.0, 2, 1, 1, 3, 1]])
+    mean, spread = mean_and_spread(unit, sizes)
+    share = sizes[0] / sizes.sum()
+    torch.testing.assert_close(mean[0], share @ unit[0])
+    expected = share @ (1 - unit[0] @ unit[0].T) @ share
+    torch.testing.assert_close(spread[0], expected)

@@ -67,6 +67,61 @@ def covering_representatives(
 DISTANCE_NOISE = 1e-5
 
 
+def join_nearest(cosine: Tensor, picks: Tensor, least: Tensor) -> Tensor:
+    """The nearest representative of each token, if it is near enough.
+
+    Args:
+        cosine: ``(b, n, r)`` similarity of each token to each representative.
+        picks: ``(b, r)`` the representatives, ascending; of repeated ones the first counts.
+        least: ``(b,)`` the lowest cosine at which a token joins.
+
+    Returns:
+        ``(b, n)`` in [0, r), -1 for tokens that are near none.
+    """
+    group = first_argmax(cosine, scale=1.0)
+    nearest = cosine.gather(2, group[..., None]).squeeze(2)
+    group = group.masked_fill(nearest < least[:, None], -1)
+    own = torch.arange(picks.shape[1], device=picks.device)
+    return group.scatter_reduce(1, picks, own.expand_as(picks), "amin", include_self=False)
+
+
+def distance_to_larger(distance: Tensor, size: Tensor) -> Tensor:
+    """How far each group is from the nearest that is no smaller.
+
+    Args:
+        distance: ``(b, r, r)`` between groups.
+        size: ``(b, r)``; of equal ones, the earlier counts as larger.
+
+    Returns:
+        ``(b, r)``; of the largest group its largest distance from any.
+    """
+    index = torch.arange(size.shape[1], device=size.device)
+    larger = size[:, None] > size[..., None]
+    larger |= (size[:, None] == size[..., None]) & (index < index[:, None])
+    apart = distance.masked_fill(~larger, torch.inf).amin(2)
+    return torch.where(larger.any(2), apart, distance.amax(2))
+
+
+def mean_and_spread(unit: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean direction of tokens, and the mean cosine distance of two of them.
+
+    Args:
+        unit: ``(b, n, D)`` unit vectors.
+        sizes: ``(b, n)`` float32, the weights of the mean.
+
+    Returns:
+        ``(b, D)`` and ``(b,)``.
+    """
+    share = sizes / sizes.sum(1, keepdim=True)
+    mean = (share[:, None] @ unit).squeeze(1)
+    return mean, spread_around(mean)
+
+
+def spread_around(mean: Tensor) -> Tensor:
+    """``(b,)`` mean cosine distance of two tokens whose mean direction is ``(b, D)``."""
+    return (1 - mean.square().sum(-1)).clamp(min=DISTANCE_NOISE)
+
+
 def cosine_distance(cosine: Tensor) -> Tensor:
     """Cosine distance, exactly 0 for repetitions of a vector."""
     return (1 - DISTANCE_NOISE - cosine).clamp(min=0)
