@@ -8,8 +8,8 @@ from torch import Tensor
 from tokenreduce.ops.selection import first_argmax, top_k_indices
 from tokenreduce.ops.similarity import SMALLEST_NORM, unit_vectors
 
-#: Entries of one tile of similarities: 1 Mi float32 values, 4 MiB.
-TILE_ENTRIES = 1 << 20
+#: Entries of one tile of similarities: 2 Mi float32 values, 8 MiB.
+TILE_ENTRIES = 1 << 21
 #: Rows of a tile that are searched at a time.
 ROWS = 128
 

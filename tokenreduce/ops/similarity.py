@@ -9,8 +9,8 @@ from tokenreduce.ops.gathering import gather_tokens
 #: their similarity to everything is 0.
 SMALLEST_NORM = 1e-8
 
-#: Entries that are worked on at a time: 128 Ki float32 values, half a MiB.
-CACHED_ENTRIES = 1 << 17
+#: Entries that are worked on at a time: 256 Ki float32 values, 1 MiB.
+CACHED_ENTRIES = 1 << 18
 #: Rows of a Gram matrix that are computed at a time, from the diagonal on; fewer of a small one.
 GRAM_ROWS, FEW_ROWS = 256, 128
 
@@ -51,9 +51,16 @@ def l1_norm(features: Tensor) -> Tensor:
     Returns:
         ``(B, N)`` float32.
     """
-    batch, _, channels = features.shape
-    parts = features.split(max(1, CACHED_ENTRIES // (batch * channels)), dim=1)
-    return torch.cat([part.float().abs().sum(2) for part in parts], dim=1)
+    features = features.detach()
+    batch, count, channels = features.shape
+    together = min(count, max(1, CACHED_ENTRIES // (batch * channels)))
+    magnitudes = features.new_empty(batch, together, channels)
+    norm = features.new_empty((batch, count), dtype=torch.float32)
+    parts = zip(features.split(together, dim=1), norm.split(together, dim=1), strict=True)
+    for part, total in parts:
+        own = torch.abs(part, out=magnitudes[:, : part.shape[1]])
+        torch.sum(own, 2, dtype=torch.float32, out=total)
+    return norm
 
 
 def gram_matrix(features: Tensor, *, out: Tensor | None = None) -> Tensor:
