@@ -114,8 +114,9 @@ def nearest_earlier(
         )
     if asked is None:
         asked = rows.new_ones(len(rows)).cumsum(0) - 1
-    # Comparisons for each key: half of the tokens, on average, lie before a token.
-    search = _resolve(backend, int(asked.sum()) // max(1, len(rows)), features.device.type)
+    # Crossovers were measured where all tokens search, and half of them lie before a token.
+    keys = 2 * int(asked.sum()) // max(1, len(rows))
+    search = _resolve(backend, keys, features.device.type)
     return search.nearest_earlier(features, rows, asked)
 
 

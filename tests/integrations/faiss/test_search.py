@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokenreduce_integrations.faiss as plugin
+from tokenreduce import neighbors
 from tokenreduce.errors import MissingExtra, PipelineError
 from tokenreduce.neighbors import choose_backend, nearest, nearest_earlier
 from tokenreduce.plugins import installed
@@ -90,6 +91,18 @@ def test_auto_is_exact_for_few_tokens_and_faiss_for_many() -> None:
     assert choose_backend(1000, "cpu") == "torch"
     assert choose_backend(10**6, "cpu") == "faiss-ivf"
     assert choose_backend(10**6, "meta") == "torch"
+
+
+def test_auto_goes_by_the_comparisons_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = []
+    monkeypatch.setattr(
+        neighbors, "choose_backend", lambda keys, device: asked_for.append(keys) or "torch"
+    )
+    features, rows = torch.randn(100, 4), torch.arange(100)
+    nearest_earlier(features, rows)
+    nearest_earlier(features, rows, asked=torch.arange(50, 100))
+    nearest_earlier(features, rows, asked=torch.arange(0))
+    assert asked_for == [99, 74, 0]
 
 
 @needs_faiss
