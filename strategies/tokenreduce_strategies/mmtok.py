@@ -121,5 +121,7 @@ class MMTok(Selector):
         cover.sub_(1).div_(self.image_temperature).exp_()
         cover.mul_((self.alpha / n / cover.sum(2))[:, None])
         table[..., n:] = words
+        # Beside the table the unit vectors are not needed.
+        del unit, words
         # The rows sum to 1 + alpha over all tokens; times N, the gains are of order 1.
         return greedy_coverage(table, k, weight=torch.full_like(table[..., 0], n))
