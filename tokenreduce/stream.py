@@ -207,7 +207,8 @@ class TokenStream:
             self._scores[: self._held] = reduction.scores[0].float().cpu()
         for column in (self._coords, self._positions, self._groups, self._scores):
             column[left] = column[rows]
-        self._direction = self._mean_direction()
+        seen = held.signals.get("seen_direction")
+        self._direction = self._mean_direction() if seen is None else seen
         features, begin = self._room(), merged
         for channels in self._blocks():
             own = self._arrived(channels)[kept]

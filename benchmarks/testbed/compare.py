@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import tokenreduce as tr
+from tokenreduce.ops.covering import spread_around
 from tokenreduce.ops.similarity import directions
 from tokenreduce.reducer import Reducer
 from tokenreduce_integrations.testbed.clips import MOTION_TYPES
@@ -230,7 +231,7 @@ def _changed(encoded: EncodedScenes) -> float:
     """Share of tokens that LFTR does not take for a repetition of the frame before."""
     grid = encoded.layout.select(encoded.layout.free).grid
     unit = directions(encoded.features[:, encoded.layout.free]).unflatten(1, (grid[0], -1))
-    spread = 1 - unit.mean((1, 2)).square().sum(-1)
+    spread = spread_around(unit.mean((1, 2)))
     apart = (1 - (unit[:, 1:] * unit[:, :-1]).sum(-1)) / spread[:, None, None]
     return round(float((apart > LFTR.still).float().mean()), 4)
 

@@ -211,8 +211,9 @@ class LFTR(Merger):
         apart before still does, and does not search.
         """
         spread = covering.spread_around(mean)
+        least = _least(spread, self.redundant)
         known = 1 - covering.DISTANCE_NOISE - scores
-        asked = ~(known < _least(spread, self.redundant))
+        asked = ~(known < least)
         cosine, link = nearest_earlier(
             features, heads, asked=asked.nonzero()[:, 0], backend=self.neighbors
         )
@@ -221,11 +222,11 @@ class LFTR(Merger):
         scores.copy_(covering.cosine_distance(cosine))
         own = torch.arange(len(heads), device=heads.device)
         novelty = scores / spread
-        redundant = cosine >= _least(spread, self.redundant)
+        redundant = cosine >= least
         score, scale = novelty, 1 / spread
         if int((~redundant).sum()) > k:
             group = follow_links(torch.where(redundant, link, own))
-            beside = tracks.between(features, heads, heads[group]) >= _least(spread, self.redundant)
+            beside = tracks.between(features, heads, heads[group]) >= least
             size = torch.zeros_like(novelty).scatter_add(0, group, sizes * (beside | ~redundant))
             unlike = covering.cosine_distance(tracks.cosine_to(features, heads, mean[0])) / spread
             score = size * novelty * unlike
@@ -234,7 +235,7 @@ class LFTR(Merger):
         rank = torch.full_like(own, DROPPED).index_copy(0, kept, own[:k])
         end = follow_links(torch.where((rank < 0) & redundant, link, own))
         groups = rank[end]
-        lost = tracks.between(features, heads, heads[end]) < _least(spread, self.redundant)
+        lost = tracks.between(features, heads, heads[end]) < least
         return groups.masked_fill(lost & (end != own), DROPPED)[None], kept[None]
 
     def _run(self, unit: Tensor, sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,9 @@ def nearest_earlier(
             f"{tuple(features.shape)} and {tuple(rows.shape)}."
         )
     if asked is None:
-        asked = rows.new_ones(len(rows)).cumsum(0) - 1
+        import torch
+
+        asked = torch.arange(len(rows), device=rows.device)
     # Crossovers were measured where all tokens search, and half of them lie before a token.
     keys = 2 * int(asked.sum()) // max(1, len(rows))
     search = _resolve(backend, keys, features.device.type)

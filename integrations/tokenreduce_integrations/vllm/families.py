@@ -152,7 +152,8 @@ class Family:
             ServingError: if they lack a signal, take none of the stage's modalities, or have
                 tokens of a width that does not suit the strategy.
         """
-        if not set(stage.modalities) & set(self.shapes):
+        reduced = [modality for modality in stage.modalities if modality in self.shapes]
+        if not reduced:
             raise ServingError(
                 f"{self.architecture} takes {', '.join(self.shapes)}, and only "
                 f"{', '.join(stage.modalities)} is to be reduced: nothing would be."
@@ -173,7 +174,7 @@ class Family:
                 f"{', '.join(sorted(offered))}). What would work: {', '.join(would_work)}."
             )
         channels = config.get_text_config().hidden_size
-        for modality in set(stage.modalities) & set(self.shapes):
+        for modality in reduced:
             rehearse(stage.reducer(), channels, modality)
 
 
